@@ -1,0 +1,334 @@
+//! Prefill in chunks, decode token by token, stop where asked.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Tensor, backend::Backend};
+use thiserror::Error;
+
+use crate::cache::KvCache;
+use crate::models::{Model, ModelConfig, ModelError};
+use crate::sampler::Sampler;
+
+/// What ends a generation early.
+#[derive(Debug, Error)]
+pub enum GenerateError {
+    /// The input does not fit the model or the cache.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device failed, for want of memory most often.
+    #[error("device: {0}")]
+    Device(String),
+}
+
+/// A model at work on one sequence, behind one boundary whatever the backend.
+pub trait Engine {
+    /// Adds tokens of a context of `context` positions to the sequence, in chunks; the logits after
+    /// the last one, `[vocab]`. `on_chunk` hears how many tokens are done and may stop between
+    /// chunks: the answer is `None` then, and the sequence ends with the last chunk run.
+    ///
+    /// # Errors
+    ///
+    /// Ids that do not fit (nothing is run then), or a failing device.
+    fn prefill(
+        &mut self,
+        ids: &[u32],
+        on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Option<Vec<f32>>, GenerateError>;
+
+    /// Adds tokens as [`prefill`](Engine::prefill) does and hands the logits of each, `[chunk, vocab]`
+    /// row by row, to `on_logits`.
+    ///
+    /// # Errors
+    ///
+    /// Ids that do not fit (nothing is run then), or a failing device.
+    fn logits(&mut self, ids: &[u32], on_logits: &mut dyn FnMut(Vec<f32>)) -> Result<(), GenerateError>;
+
+    /// The tokens that the sequence holds.
+    fn history(&self) -> &[u32];
+
+    /// Forgets the tokens from `length` on.
+    fn truncate(&mut self, length: usize);
+
+    /// Positions that the cache holds at most.
+    fn capacity(&self) -> usize;
+}
+
+/// Limits of a [`Generator`].
+#[derive(Debug, Clone)]
+pub struct GeneratorConfig {
+    /// Positions to allocate.
+    pub capacity: usize,
+    /// Tokens of one prefill chunk: bounds the memory of activations, whatever the prompt's length.
+    pub chunk: usize,
+    /// Type of the cache, the type the weights were loaded in.
+    pub dtype: DType,
+}
+
+impl GeneratorConfig {
+    /// Allocates the cache of `model` on `device`.
+    pub fn init<B: Backend>(
+        &self,
+        model: Model<B>,
+        config: &ModelConfig,
+        device: &B::Device,
+    ) -> Generator<B> {
+        Generator {
+            cache: config.cache(1, self.capacity).init(self.dtype, device),
+            model,
+            history: Vec::new(),
+            chunk: self.chunk.max(1),
+            device: device.clone(),
+        }
+    }
+}
+
+/// The [`Engine`] over a Burn backend.
+pub struct Generator<B: Backend> {
+    model: Model<B>,
+    cache: KvCache<B>,
+    history: Vec<u32>,
+    chunk: usize,
+    device: B::Device,
+}
+
+impl<B: Backend> Generator<B> {
+    /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
+    /// the number of ids done.
+    fn run(
+        &mut self,
+        ids: &[u32],
+        each: &mut dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError>,
+    ) -> Result<(), GenerateError> {
+        let context = self.cache.len() + ids.len();
+        self.model.check(ids, &self.cache)?;
+        let mut done = 0;
+        for chunk in ids.chunks(self.chunk) {
+            let hidden = self.model.forward(chunk, context, &mut self.cache, &self.device)?;
+            self.history.extend_from_slice(chunk);
+            done += chunk.len();
+            if each(&self.model, hidden, done)?.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Engine for Generator<B> {
+    fn prefill(
+        &mut self,
+        ids: &[u32],
+        on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Option<Vec<f32>>, GenerateError> {
+        let mut last = None;
+        let device = self.device.clone();
+        self.run(ids, &mut |model, hidden, done| {
+            if done == ids.len() {
+                let length = hidden.dims()[1];
+                last = Some(read(model.logits(hidden.narrow(1, length - 1, 1)))?);
+            } else {
+                // Otherwise chunks queue up and the caller's progress and Ctrl-C run ahead of the device.
+                B::sync(&device).map_err(|error| GenerateError::Device(error.to_string()))?;
+            }
+            Ok(on_chunk(done))
+        })?;
+        Ok(last)
+    }
+
+    fn logits(&mut self, ids: &[u32], on_logits: &mut dyn FnMut(Vec<f32>)) -> Result<(), GenerateError> {
+        self.run(ids, &mut |model, hidden, _| {
+            on_logits(read(model.logits(hidden))?);
+            Ok(ControlFlow::Continue(()))
+        })
+    }
+
+    fn history(&self) -> &[u32] {
+        &self.history
+    }
+
+    fn truncate(&mut self, length: usize) {
+        self.cache.truncate(length);
+        self.history.truncate(length);
+    }
+
+    fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+}
+
+fn read<B: Backend>(logits: Tensor<B, 3>) -> Result<Vec<f32>, GenerateError> {
+    let data =
+        logits.cast(DType::F32).try_into_data().map_err(|error| GenerateError::Device(error.to_string()))?;
+    data.into_vec().map_err(|error| GenerateError::Device(format!("{error:?}")))
+}
+
+/// Why a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token.
+    StopToken,
+    /// The caller, who saw a stop string or an interrupt.
+    Caller,
+    /// `max_tokens`.
+    MaxTokens,
+    /// The cache is full.
+    CacheFull,
+}
+
+/// A finished generation.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// The tokens drawn, without the stop token.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Tokens of the prompt that were run, the rest was in the cache.
+    pub prefill_tokens: usize,
+    /// From the call to the first token.
+    pub time_to_first_token: Duration,
+    /// From the first token to the last.
+    pub decode_time: Duration,
+}
+
+impl Generation {
+    /// Tokens a second of the prefill.
+    pub fn prefill_rate(&self) -> f64 {
+        self.prefill_tokens as f64 / self.time_to_first_token.as_secs_f64().max(1e-9)
+    }
+
+    /// Tokens a second after the first; none where there is no second token.
+    pub fn decode_rate(&self) -> Option<f64> {
+        let steps = self.ids.len().checked_sub(1).filter(|&steps| steps > 0)?;
+        Some(steps as f64 / self.decode_time.as_secs_f64().max(1e-9))
+    }
+}
+
+/// What the caller of [`generate`] hears.
+pub enum Event {
+    /// So many tokens of the prompt are done, of so many.
+    Prefill(usize, usize),
+    /// The next token.
+    Token(u32),
+}
+
+/// Makes the sequence of `engine` equal to `prompt` and continues it by up to `max_tokens` tokens.
+///
+/// What the cache holds already of the prompt is kept: the next turn of a chat runs its new tokens
+/// alone. `on_event` may end it at any time. The last token drawn is not run through the model.
+///
+/// # Errors
+///
+/// A prompt that does not fit, or a failing device.
+pub fn generate(
+    engine: &mut dyn Engine,
+    prompt: &[u32],
+    sampler: &mut Sampler,
+    max_tokens: usize,
+    stop: &[u32],
+    on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
+) -> Result<Generation, GenerateError> {
+    let begin = Instant::now();
+    let common = engine.history().iter().zip(prompt).take_while(|(a, b)| a == b).count();
+    // The logits of the last token are needed, so it is run again where everything is held.
+    let kept = common.min(prompt.len().saturating_sub(1));
+    engine.truncate(kept);
+    let fresh = &prompt[kept..];
+    let logits = engine.prefill(fresh, &mut |done| on_event(Event::Prefill(done, fresh.len())))?;
+
+    let mut generation = Generation {
+        ids: Vec::new(),
+        finish: FinishReason::Caller,
+        prefill_tokens: fresh.len(),
+        time_to_first_token: begin.elapsed(),
+        decode_time: Duration::ZERO,
+    };
+    let Some(mut logits) = logits else { return Ok(generation) };
+    let mut first = None;
+    let mut context = prompt.to_vec();
+    generation.finish = loop {
+        if generation.ids.len() == max_tokens {
+            break FinishReason::MaxTokens;
+        }
+        let id = sampler.sample(logits, &context);
+        let first = *first.get_or_insert_with(|| {
+            generation.time_to_first_token = begin.elapsed();
+            Instant::now()
+        });
+        generation.decode_time = first.elapsed();
+        if stop.contains(&id) {
+            break FinishReason::StopToken;
+        }
+        generation.ids.push(id);
+        context.push(id);
+        if on_event(Event::Token(id)).is_break() {
+            break FinishReason::Caller;
+        }
+        if generation.ids.len() == max_tokens {
+            break FinishReason::MaxTokens;
+        }
+        if engine.history().len() == engine.capacity() {
+            break FinishReason::CacheFull;
+        }
+        match engine.prefill(&[id], &mut |_| ControlFlow::Continue(()))? {
+            Some(next) => logits = next,
+            None => break FinishReason::Caller,
+        }
+    };
+    Ok(generation)
+}
+
+/// Passes text on until a stop string appears, and never shows a part of one.
+#[derive(Debug, Clone)]
+pub struct StopStrings {
+    stops: Vec<String>,
+    held: String,
+}
+
+impl StopStrings {
+    /// Empty stop strings are ignored.
+    pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
+        Self { stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(), held: String::new() }
+    }
+
+    /// Takes more text; what may be shown now, and whether a stop string ended it.
+    pub fn push(&mut self, text: &str) -> (String, bool) {
+        self.held.push_str(text);
+        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop)).min() {
+            let shown = self.held[..at].to_string();
+            self.held.clear();
+            return (shown, true);
+        }
+        let begins = |at: usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[at..]));
+        let keep =
+            self.held.char_indices().map(|(at, _)| at).find(|&at| begins(at)).unwrap_or(self.held.len());
+        let held = self.held.split_off(keep);
+        (std::mem::replace(&mut self.held, held), false)
+    }
+
+    /// The text held back at the end.
+    pub fn finish(self) -> String {
+        self.held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stop_strings_hide_their_parts() {
+        let mut stops = StopStrings::new(["END".to_string(), "五六".to_string(), String::new()]);
+        assert_eq!(stops.push("one E"), ("one ".to_string(), false));
+        assert_eq!(stops.push("NO 五"), ("ENO ".to_string(), false));
+        assert_eq!(stops.push("七 EN"), ("五七 ".to_string(), false));
+        assert_eq!(stops.push("D more"), (String::new(), true));
+    }
+
+    #[test]
+    fn held_text_comes_at_the_end() {
+        let mut stops = StopStrings::new(["</s>".to_string()]);
+        assert_eq!(stops.push("a </"), ("a ".to_string(), false));
+        assert_eq!(stops.finish(), "</");
+    }
+}

@@ -1,0 +1,275 @@
+//! The ported models, one file a family, and what they have in common.
+
+pub mod chatglm;
+pub mod internlm2;
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use thiserror::Error;
+
+use crate::cache::{KvCache, KvCacheConfig};
+use crate::layers::Linear;
+use chatglm::{ChatGlm, ChatGlmConfig, RopeRatio};
+use internlm2::{InternLm2, InternLm2Config, RopeScaling};
+
+/// One parameter of a model, as a checkpoint stores it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Path in the module, such as `layers.0.attention.qkv.weight`.
+    pub path: String,
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Shape, the same in both (weights of projections are `[out, in]`).
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    pub(crate) fn new(
+        path: impl Into<String>,
+        name: impl Into<String>,
+        shape: impl Into<Vec<usize>>,
+    ) -> Self {
+        Self { path: path.into(), name: name.into(), shape: shape.into() }
+    }
+
+    /// Values that it holds.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+}
+
+/// Dimensions of a model of any supported family.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ModelConfig {
+    /// ChatGLM2, ChatGLM3 or GLM-4-9B.
+    ChatGlm(ChatGlmConfig),
+    /// InternLM2 or InternLM2.5.
+    InternLm2(InternLm2Config),
+}
+
+impl ModelConfig {
+    /// Every parameter: its path in the module, its name in a checkpoint, its shape there.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        match self {
+            Self::ChatGlm(config) => config.tensors(),
+            Self::InternLm2(config) => config.tensors(),
+        }
+    }
+
+    /// Rows of the embedding: token ids are below it.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::ChatGlm(config) => config.padded_vocab_size,
+            Self::InternLm2(config) => config.vocab_size,
+        }
+    }
+
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        match self {
+            Self::ChatGlm(config) => config.hidden_size,
+            Self::InternLm2(config) => config.hidden_size,
+        }
+    }
+
+    /// Positions the model can tell apart: what it was trained for, times the factor of its rotary
+    /// scaling where the checkpoint has one. Dynamic NTK has no bound of its own; its factor is taken.
+    pub fn context_length(&self) -> usize {
+        match self {
+            Self::ChatGlm(config) => config.seq_length,
+            Self::InternLm2(config) => match config.rope_scaling {
+                RopeScaling::None => config.max_position_embeddings,
+                RopeScaling::Linear(factor) | RopeScaling::Dynamic(factor) => {
+                    (config.max_position_embeddings as f64 * factor) as usize
+                }
+            },
+        }
+    }
+
+    /// The rotary scaling in a few words.
+    pub fn rotary_description(&self) -> String {
+        match self {
+            Self::ChatGlm(config) => match config.rope_ratio {
+                RopeRatio::ScalesBase(ratio) => format!("base 10000 times {ratio}"),
+                RopeRatio::DividesPosition(ratio) => format!("base 10000, positions divided by {ratio}"),
+            },
+            Self::InternLm2(config) => match config.rope_scaling {
+                RopeScaling::None => format!("base {}", config.rope_theta),
+                RopeScaling::Linear(factor) => {
+                    format!("base {}, positions divided by {factor}", config.rope_theta)
+                }
+                RopeScaling::Dynamic(factor) => {
+                    let trained = config.max_position_embeddings;
+                    format!("base {}, dynamic NTK of factor {factor} past {trained}", config.rope_theta)
+                }
+            },
+        }
+    }
+
+    /// Stretches the rotary embedding by the family's own means so that `length` positions fit:
+    /// a larger `rope_ratio` for ChatGLM, dynamic NTK for InternLM2. Changes nothing where they fit.
+    pub fn stretch_to(&mut self, length: usize) {
+        let factor = length as f64 / self.context_length() as f64;
+        if factor <= 1.0 {
+            return;
+        }
+        match self {
+            Self::ChatGlm(config) => {
+                config.rope_ratio = match config.rope_ratio {
+                    RopeRatio::ScalesBase(ratio) => RopeRatio::ScalesBase(ratio * factor),
+                    RopeRatio::DividesPosition(ratio) => RopeRatio::DividesPosition(ratio * factor),
+                };
+                config.seq_length = length;
+            }
+            Self::InternLm2(config) => {
+                config.rope_scaling = match config.rope_scaling {
+                    RopeScaling::None => RopeScaling::Dynamic(factor),
+                    RopeScaling::Linear(before) => RopeScaling::Linear(before * factor),
+                    RopeScaling::Dynamic(before) => RopeScaling::Dynamic(before * factor),
+                };
+            }
+        }
+    }
+
+    /// Dimensions of a cache for `batch` sequences of up to `capacity` positions.
+    pub fn cache(&self, batch: usize, capacity: usize) -> KvCacheConfig {
+        match self {
+            Self::ChatGlm(config) => config.cache(batch, capacity),
+            Self::InternLm2(config) => config.cache(batch, capacity),
+        }
+    }
+
+    /// Initializes the model, lazily: a checkpoint can be loaded into it without a second allocation.
+    pub fn init<B: Backend>(&self, device: &B::Device) -> Model<B> {
+        match self {
+            Self::ChatGlm(config) => Model::ChatGlm(config.init(device)),
+            Self::InternLm2(config) => Model::InternLm2(config.init(device)),
+        }
+    }
+}
+
+/// The positions of one forward pass.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Span {
+    pub start: usize,
+    pub length: usize,
+    /// Positions of the whole context, of which a prefill chunk is a part.
+    pub context: usize,
+}
+
+/// What a forward pass refuses.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum ModelError {
+    /// Nothing to run on.
+    #[error("token ids: found none, expected at least one")]
+    Empty,
+    /// An id outside the vocabulary.
+    #[error(
+        "token id at position {position}: found {id}, expected below {vocab_size} (the model's vocabulary)"
+    )]
+    UnknownToken {
+        /// Where it stands in the input.
+        position: usize,
+        /// The id.
+        id: u32,
+        /// Rows of the embedding.
+        vocab_size: usize,
+    },
+    /// More positions than were allocated.
+    #[error("key/value cache: found {needed} positions to hold, expected at most its capacity of {capacity}")]
+    CacheFull {
+        /// Positions after this pass.
+        needed: usize,
+        /// Positions allocated.
+        capacity: usize,
+    },
+}
+
+/// A model of any supported family.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a process")]
+pub enum Model<B: Backend> {
+    /// ChatGLM2, ChatGLM3 or GLM-4-9B.
+    ChatGlm(ChatGlm<B>),
+    /// InternLM2 or InternLM2.5.
+    InternLm2(InternLm2<B>),
+}
+
+impl<B: Backend> Model<B> {
+    /// Whether `ids` can be run after what the cache holds.
+    ///
+    /// # Errors
+    ///
+    /// No ids, an id outside the vocabulary, or a cache that is too small.
+    pub fn check(&self, ids: &[u32], cache: &KvCache<B>) -> Result<(), ModelError> {
+        let vocab_size = self.vocab_size();
+        if ids.is_empty() {
+            return Err(ModelError::Empty);
+        }
+        if let Some(position) = ids.iter().position(|&id| id as usize >= vocab_size) {
+            return Err(ModelError::UnknownToken { position, id: ids[position], vocab_size });
+        }
+        let needed = cache.len() + ids.len();
+        if needed > cache.capacity() {
+            return Err(ModelError::CacheFull { needed, capacity: cache.capacity() });
+        }
+        Ok(())
+    }
+
+    /// Runs the next `ids` of one sequence and adds them to the cache.
+    ///
+    /// `context` is the length of the whole text that these ids are a chunk of (at least the cache's
+    /// length after this pass): rotary scalings that depend on it see the same value in every chunk.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[1, ids, hidden]`, for [`Model::logits`]
+    ///
+    /// # Errors
+    ///
+    /// What [`Model::check`] refuses; nothing is changed then.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        context: usize,
+        cache: &mut KvCache<B>,
+        device: &B::Device,
+    ) -> Result<Tensor<B, 3>, ModelError> {
+        self.check(ids, cache)?;
+        let span =
+            Span { start: cache.len(), length: ids.len(), context: context.max(cache.len() + ids.len()) };
+        let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, span.length]), device);
+        let hidden = match self {
+            Self::ChatGlm(model) => model.hidden(ids, span, cache),
+            Self::InternLm2(model) => model.hidden(ids, span, cache),
+        };
+        cache.advance(span.length);
+        Ok(hidden)
+    }
+
+    /// Logits of hidden states.
+    ///
+    /// # Shapes
+    ///
+    /// - hidden: `[batch, length, hidden]`
+    /// - output: `[batch, length, vocab]`
+    pub fn logits(&self, hidden: Tensor<B, 3>) -> Tensor<B, 3> {
+        match self {
+            Self::ChatGlm(model) => model.logits(hidden),
+            Self::InternLm2(model) => model.logits(hidden),
+        }
+    }
+
+    fn vocab_size(&self) -> usize {
+        match self {
+            Self::ChatGlm(model) => model.vocab_size(),
+            Self::InternLm2(model) => model.vocab_size(),
+        }
+    }
+}
+
+/// Looks tokens up in an embedding whose rows are `[vocab, hidden]`.
+fn embed<B: Backend>(embedding: &Linear<B>, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+    burn::tensor::module::embedding(embedding.weight.val(), ids)
+}

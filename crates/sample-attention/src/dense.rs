@@ -1,0 +1,115 @@
+use burn::tensor::{Bool, DType, Tensor, backend::Backend};
+
+/// Bytes of the scores that [`dense_attention`] holds at a time, over all heads of a batch.
+pub const SCORE_BYTES: u64 = 1 << 28;
+const SCORE_BUDGET: usize = SCORE_BYTES as usize / size_of::<f32>();
+/// Keys of one tile.
+const KEY_TILE: usize = 4096;
+/// A finite "minus infinity": a tile that a row does not see at all must not produce `inf - inf`.
+const MASKED: f32 = -1e30;
+
+/// Causal softmax attention in plain tensor operations, on every backend.
+///
+/// Query row `i` stands at position `Sk - Sq + i` and sees the keys up to it. Query head `h` reads
+/// key/value head `h / (Hq / Hkv)`; nothing is repeated. Tiles of keys are merged with an online
+/// softmax in f32 (FlashAttention, arXiv 2205.14135), so memory stays bounded at any length.
+/// Scores are scaled by `1/sqrt(D)`.
+///
+/// # Shapes
+///
+/// - q: `[batch, heads, Sq, D]`
+/// - k, v: `[batch, kv_heads, Sk, D]`, `Sq <= Sk`, `heads` a multiple of `kv_heads`
+/// - output: `[batch, heads, Sq, D]`
+///
+/// # Panics
+///
+/// If the shapes do not fit together as stated.
+pub fn dense_attention<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
+    let [batch, heads, rows, head_dim] = q.dims();
+    let [_, kv_heads, keys, _] = k.dims();
+    assert!(heads.is_multiple_of(kv_heads), "heads ({heads}) must be a multiple of kv_heads ({kv_heads})");
+    assert!(rows <= keys, "queries ({rows}) must not outnumber keys ({keys})");
+    assert_eq!(k.dims(), v.dims(), "keys and values must have one shape");
+
+    let tile = keys.min(KEY_TILE);
+    let block = (SCORE_BUDGET / (batch * heads * tile)).clamp(1, rows);
+    let outputs = (0..rows)
+        .step_by(block)
+        .map(|start| {
+            let length = block.min(rows - start);
+            let q = q.clone().narrow(2, start, length);
+            query_block(q, &k, &v, keys - rows + start, tile)
+        })
+        .collect();
+    let output: Tensor<B, 4> = Tensor::cat(outputs, 2);
+    debug_assert_eq!(output.dims(), [batch, heads, rows, head_dim]);
+    output
+}
+
+/// Attention of consecutive queries, the first at position `start`, over the tiles that they see.
+fn query_block<B: Backend>(
+    q: Tensor<B, 4>,
+    k: &Tensor<B, 4>,
+    v: &Tensor<B, 4>,
+    start: usize,
+    tile: usize,
+) -> Tensor<B, 4> {
+    let dtype = q.dtype();
+    let device = q.device();
+    let [batch, heads, rows, head_dim] = q.dims();
+    let kv_heads = k.dims()[1];
+    let group = heads / kv_heads;
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    // The queries of a group share their keys: stacked, they are one matrix product.
+    let q = q.cast(DType::F32).mul_scalar(scale).reshape([batch, kv_heads, group * rows, head_dim]);
+
+    let seen = start + rows;
+    let mut merged: Option<Partial<B>> = None;
+    for first in (0..seen).step_by(tile) {
+        let length = tile.min(seen - first);
+        let keys = k.clone().narrow(2, first, length).cast(DType::F32);
+        let values = v.clone().narrow(2, first, length).cast(DType::F32);
+        let mut scores = q.clone().matmul(keys.swap_dims(2, 3));
+        if first + length > start + 1 {
+            let hidden =
+                Tensor::<B, 2, Bool>::tril_mask([rows, length], start as i64 - first as i64, &device);
+            let hidden = hidden.reshape([1, 1, 1, rows, length]);
+            scores = scores
+                .reshape([batch, kv_heads, group, rows, length])
+                .mask_fill(hidden.expand([batch, kv_heads, group, rows, length]), MASKED)
+                .reshape([batch, kv_heads, group * rows, length]);
+        }
+        let partial = Partial::new(scores, values);
+        merged = Some(match merged {
+            Some(before) => before.merge(partial),
+            None => partial,
+        });
+    }
+    let merged = merged.expect("every query sees at least its own key");
+    (merged.output / merged.sum).reshape([batch, heads, rows, head_dim]).cast(dtype)
+}
+
+/// Softmax attention over some of the keys, not yet divided by its sum.
+struct Partial<B: Backend> {
+    max: Tensor<B, 4>,
+    sum: Tensor<B, 4>,
+    output: Tensor<B, 4>,
+}
+
+impl<B: Backend> Partial<B> {
+    fn new(scores: Tensor<B, 4>, values: Tensor<B, 4>) -> Self {
+        let max = scores.clone().max_dim(3);
+        let weights = (scores - max.clone()).exp();
+        Self { max, sum: weights.clone().sum_dim(3), output: weights.matmul(values) }
+    }
+
+    fn merge(self, other: Self) -> Self {
+        let max = self.max.clone().max_pair(other.max.clone());
+        let (a, b) = ((self.max - max.clone()).exp(), (other.max - max.clone()).exp());
+        Self {
+            max,
+            sum: self.sum * a.clone() + other.sum * b.clone(),
+            output: self.output * a + other.output * b,
+        }
+    }
+}
