@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, backend::Backend};
+use sample_attention::AttentionBackend;
 use thiserror::Error;
 
 use crate::cache::KvCache;
@@ -92,7 +93,7 @@ pub struct Generator<B: Backend> {
     device: B::Device,
 }
 
-impl<B: Backend> Generator<B> {
+impl<B: AttentionBackend> Generator<B> {
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
     fn run(
@@ -115,7 +116,7 @@ impl<B: Backend> Generator<B> {
     }
 }
 
-impl<B: Backend> Engine for Generator<B> {
+impl<B: AttentionBackend> Engine for Generator<B> {
     fn prefill(
         &mut self,
         ids: &[u32],

@@ -3,7 +3,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
-use sample_attention::dense_attention;
+use sample_attention::{AttentionBackend, dense_attention};
 
 use super::{Span, TensorSpec, embed};
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
@@ -152,7 +152,7 @@ pub struct ChatGlm<B: Backend> {
     config: ChatGlmConfig,
 }
 
-impl<B: Backend> ChatGlm<B> {
+impl<B: AttentionBackend> ChatGlm<B> {
     /// The residual stream after the last norm.
     ///
     /// # Shapes
@@ -191,7 +191,7 @@ struct Layer<B: Backend> {
     mlp: Mlp<B>,
 }
 
-impl<B: Backend> Layer<B> {
+impl<B: AttentionBackend> Layer<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`
@@ -211,7 +211,7 @@ struct Attention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: Backend> Attention<B> {
+impl<B: AttentionBackend> Attention<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`

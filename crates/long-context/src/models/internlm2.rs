@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
-use sample_attention::dense_attention;
+use sample_attention::{AttentionBackend, dense_attention};
 
 use super::{Span, TensorSpec, embed};
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
@@ -157,7 +157,7 @@ pub struct InternLm2<B: Backend> {
     config: InternLm2Config,
 }
 
-impl<B: Backend> InternLm2<B> {
+impl<B: AttentionBackend> InternLm2<B> {
     /// The residual stream after the last norm. Under dynamic NTK new positions turn by the base of
     /// `span.context`; cached keys stay as they were turned, as in the official code.
     ///
@@ -197,7 +197,7 @@ struct Layer<B: Backend> {
     mlp: Mlp<B>,
 }
 
-impl<B: Backend> Layer<B> {
+impl<B: AttentionBackend> Layer<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`
@@ -218,7 +218,7 @@ struct Attention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: Backend> Attention<B> {
+impl<B: AttentionBackend> Attention<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`

@@ -5,6 +5,7 @@ pub mod internlm2;
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use sample_attention::AttentionBackend;
 use thiserror::Error;
 
 use crate::cache::{KvCache, KvCacheConfig};
@@ -195,7 +196,7 @@ pub enum Model<B: Backend> {
     InternLm2(InternLm2<B>),
 }
 
-impl<B: Backend> Model<B> {
+impl<B: AttentionBackend> Model<B> {
     /// Whether `ids` can be run after what the cache holds.
     ///
     /// # Errors

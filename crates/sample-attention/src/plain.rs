@@ -1,3 +1,5 @@
+//! Attention in plain tensor operations: on every backend, with gradients, and to read.
+
 use burn::tensor::{Bool, DType, Tensor, backend::Backend};
 
 /// Bytes of the scores that [`dense_attention`] holds at a time, over all heads of a batch.
@@ -8,29 +10,11 @@ const KEY_TILE: usize = 4096;
 /// A finite "minus infinity": a tile that a row does not see at all must not produce `inf - inf`.
 const MASKED: f32 = -1e30;
 
-/// Causal softmax attention in plain tensor operations, on every backend.
-///
-/// Query row `i` stands at position `Sk - Sq + i` and sees the keys up to it. Query head `h` reads
-/// key/value head `h / (Hq / Hkv)`; nothing is repeated. Tiles of keys are merged with an online
-/// softmax in f32 (FlashAttention, arXiv 2205.14135), so memory stays bounded at any length.
-/// Scores are scaled by `1/sqrt(D)`.
-///
-/// # Shapes
-///
-/// - q: `[batch, heads, Sq, D]`
-/// - k, v: `[batch, kv_heads, Sk, D]`, `Sq <= Sk`, `heads` a multiple of `kv_heads`
-/// - output: `[batch, heads, Sq, D]`
-///
-/// # Panics
-///
-/// If the shapes do not fit together as stated.
+/// As [`dense_attention`](crate::dense_attention). Tiles of keys are merged with an online softmax in f32
+/// (FlashAttention, arXiv 2205.14135).
 pub fn dense_attention<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-    let [batch, heads, rows, head_dim] = q.dims();
-    let [_, kv_heads, keys, _] = k.dims();
-    assert!(heads.is_multiple_of(kv_heads), "heads ({heads}) must be a multiple of kv_heads ({kv_heads})");
-    assert!(rows <= keys, "queries ({rows}) must not outnumber keys ({keys})");
-    assert_eq!(k.dims(), v.dims(), "keys and values must have one shape");
-
+    let [batch, heads, rows, _] = q.dims();
+    let keys = k.dims()[2];
     let tile = keys.min(KEY_TILE);
     let block = (SCORE_BUDGET / (batch * heads * tile)).clamp(1, rows);
     let outputs = (0..rows)
@@ -41,9 +25,7 @@ pub fn dense_attention<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B
             query_block(q, &k, &v, keys - rows + start, tile)
         })
         .collect();
-    let output: Tensor<B, 4> = Tensor::cat(outputs, 2);
-    debug_assert_eq!(output.dims(), [batch, heads, rows, head_dim]);
-    output
+    Tensor::cat(outputs, 2)
 }
 
 /// Attention of consecutive queries, the first at position `start`, over the tiles that they see.

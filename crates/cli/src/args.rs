@@ -1,0 +1,209 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Long-context language models with SampleAttention.
+#[derive(Debug, Parser)]
+#[command(name = "sattn", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Answer a prompt; the text goes to standard output, timings to standard error
+    Generate(GenerateArgs),
+    /// Talk with the model; /reset forgets the conversation, /stats shows timings, /quit ends
+    Chat(ChatArgs),
+    /// Show what a checkpoint holds and the memory that it needs
+    Info(InfoArgs),
+    /// Show the token ids of a text and what each stands for
+    Tokenize(TokenizeArgs),
+    /// Write the logits after every token, [n, vocab] in f32, to a safetensors file
+    Logits(LogitsArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Checkpoint folder: config.json, weights, tokenizer
+    pub dir: PathBuf,
+    /// The prompt; read from standard input where neither this nor --file is given
+    #[arg(conflicts_with = "file")]
+    pub prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Continue the prompt as it stands instead of asking it as a chat message
+    #[arg(long, conflicts_with = "system")]
+    pub raw: bool,
+    /// Print one JSON object with the text and the timings instead of streaming the text
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct ChatArgs {
+    /// Checkpoint folder: config.json, weights, tokenizer
+    pub dir: PathBuf,
+    /// Tokens to hold of the conversation [default: the model's range, up to 8192]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub context: Option<usize>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct InfoArgs {
+    /// Checkpoint folder
+    pub dir: PathBuf,
+    /// Length to compute the memory for [default: the model's range]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub tokens: Option<usize>,
+    /// Tokens run at a time during prefill
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = positive)]
+    pub chunk: usize,
+    /// What the config's rope_ratio does, where detection is wrong
+    #[arg(long, value_enum, default_value = "auto")]
+    pub rope_ratio: RopeRatioMeaning,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TokenizeArgs {
+    /// Checkpoint folder, or one with tokenizer files alone
+    pub dir: PathBuf,
+    /// The text, or - for standard input
+    pub text: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LogitsArgs {
+    /// Checkpoint folder
+    pub dir: PathBuf,
+    /// Token ids, separated by commas or white space, or a file that holds them
+    #[arg(long, value_name = "IDS|FILE")]
+    pub ids: String,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
+}
+
+/// How tokens are drawn and when to stop.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, default_value_t = 512, value_name = "TOKENS", value_parser = positive)]
+    pub max_tokens: usize,
+    /// 0 takes the most likely token each time
+    #[arg(short, long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Draw among the k most likely tokens; 0 is all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: usize,
+    /// Draw among the fewest tokens that reach this probability
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f32,
+    /// Draw among tokens at least this likely relative to the likeliest
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub min_p: f32,
+    /// Make tokens that have occurred less likely; 1 is off
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    pub repetition_penalty: f32,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop before this text appears (repeatable)
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+}
+
+/// Where and how the model runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Backend; auto takes CUDA, then a GPU through Vulkan or WebGPU, then the CPU, and says which
+    #[arg(short, long, value_enum, default_value = "auto")]
+    pub backend: BackendChoice,
+    /// Type to compute in [default: bf16 on a GPU that has it, else f16; f32 on the CPU]
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DtypeChoice,
+    /// Attention of the prefill
+    #[arg(long, value_enum, default_value = "dense")]
+    pub attention: AttentionChoice,
+    /// Tokens run at a time during prefill: bounds the memory of activations
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = positive)]
+    pub chunk: usize,
+    /// Stretch the rotary embedding where the text is longer than the model's range
+    #[arg(long)]
+    pub stretch_rope: bool,
+    /// What the config's rope_ratio does, where detection is wrong
+    #[arg(long, value_enum, default_value = "auto")]
+    pub rope_ratio: RopeRatioMeaning,
+    /// No progress bars
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendChoice {
+    Auto,
+    /// NVIDIA, through CUDA
+    Cuda,
+    /// Any Vulkan adapter, kernels compiled to SPIR-V
+    Vulkan,
+    /// Any WebGPU adapter, kernels compiled to WGSL
+    Wgpu,
+    Cpu,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeChoice {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AttentionChoice {
+    /// Every key
+    Dense,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RopeRatioMeaning {
+    /// As the config's other keys tell
+    Auto,
+    /// It multiplies the base of the frequencies (ChatGLM3-32k, -128k, GLM-4)
+    Base,
+    /// It divides the positions (ChatGLM2-6B-32k)
+    Position,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("expected at least 1".to_string()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("expected a whole number, at least 1".to_string()),
+    }
+}

@@ -1,0 +1,232 @@
+//! Which device runs the model. The one place that names backend types; behind it all is [`Engine`].
+
+use burn::tensor::{DType, backend::Backend};
+use long_context::generate::{Engine, GeneratorConfig};
+use long_context::models::ModelConfig;
+use long_context_weights::{Checkpoint, Progress};
+
+use sample_attention::AttentionBackend;
+
+use crate::args::{BackendChoice, DtypeChoice};
+use crate::error::Error;
+
+/// A model on its device.
+pub struct Loaded {
+    pub engine: Box<dyn Engine>,
+    /// Bytes that the device's allocator holds; `None` on the CPU, where they are host memory.
+    pub device_bytes: Box<dyn Fn() -> Option<u64>>,
+}
+
+/// A device that was found, and the type to compute in.
+#[derive(Debug, Clone)]
+pub struct Device {
+    kind: Kind,
+    /// The backend's name, as `--backend` takes it.
+    pub backend: &'static str,
+    /// The device's own name.
+    pub name: String,
+    pub dtype: DType,
+}
+
+#[derive(Debug, Clone)]
+enum Kind {
+    #[cfg(feature = "cuda")]
+    Cuda,
+    #[cfg(feature = "wgpu")]
+    Wgpu(cubecl::wgpu::WgpuDevice),
+    #[cfg(feature = "flex")]
+    Cpu,
+}
+
+impl Device {
+    /// Finds the device for a choice.
+    ///
+    /// # Errors
+    ///
+    /// A backend that this build or this machine does not have, or a type that the device does not.
+    pub fn find(choice: BackendChoice, dtype: DtypeChoice) -> Result<Self, Error> {
+        let (kind, backend, name) = match choice {
+            BackendChoice::Auto => cuda().or_else(|| adapter(true)).or_else(cpu).ok_or(Error::NoDevice),
+            BackendChoice::Cuda => cuda().ok_or(Error::NoBackend {
+                name: "cuda",
+                built: cfg!(feature = "cuda"),
+                missing: "no NVIDIA driver with a device",
+            }),
+            BackendChoice::Vulkan => {
+                adapter(false).filter(|found| found.1 == "vulkan").ok_or(Error::NoBackend {
+                    name: "vulkan",
+                    built: cfg!(feature = "vulkan"),
+                    missing: "no Vulkan adapter (on Debian, mesa-vulkan-drivers has one in software)",
+                })
+            }
+            BackendChoice::Wgpu => adapter(false).filter(|found| found.1 == "wgpu").ok_or(Error::NoBackend {
+                name: "wgpu",
+                built: cfg!(all(feature = "wgpu", not(feature = "vulkan"))),
+                missing: "no WebGPU adapter",
+            }),
+            BackendChoice::Cpu => {
+                cpu().ok_or(Error::NoBackend { name: "cpu", built: cfg!(feature = "flex"), missing: "no CPU" })
+            }
+        }?;
+        let dtype = choose_dtype(&kind, &name, backend, dtype)?;
+        Ok(Self { kind, backend, name, dtype })
+    }
+
+    /// Loads the model of a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the checkpoint's tensors.
+    pub fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        limits: &GeneratorConfig,
+        progress: Progress,
+    ) -> Result<Loaded, Error> {
+        match &self.kind {
+            #[cfg(feature = "cuda")]
+            Kind::Cuda => Ok(Loaded {
+                engine: load::<burn::backend::Cuda>(&Default::default(), checkpoint, config, limits, progress)?,
+                device_bytes: Box::new(|| reserved::<cubecl::cuda::CudaRuntime>(&Default::default())),
+            }),
+            #[cfg(feature = "wgpu")]
+            Kind::Wgpu(device) => Ok(Loaded {
+                engine: load::<burn::backend::Wgpu>(device, checkpoint, config, limits, progress)?,
+                device_bytes: {
+                    let device = device.clone();
+                    Box::new(move || reserved::<cubecl::wgpu::WgpuRuntime>(&device))
+                },
+            }),
+            #[cfg(feature = "flex")]
+            Kind::Cpu => Ok(Loaded {
+                engine: load::<burn::backend::Flex>(&Default::default(), checkpoint, config, limits, progress)?,
+                device_bytes: Box::new(|| None),
+            }),
+        }
+    }
+}
+
+fn load<B: AttentionBackend>(
+    device: &B::Device,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    limits: &GeneratorConfig,
+    progress: Progress,
+) -> Result<Box<dyn Engine>, Error> {
+    let model = checkpoint.load::<B>(config, limits.dtype, device, progress)?;
+    Ok(Box::new(limits.init(model, config, device)))
+}
+
+/// Bytes that the allocator of a device holds.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn reserved<R: cubecl::Runtime>(device: &R::Device) -> Option<u64> {
+    R::client(device).memory_usage().ok().map(|usage| usage.bytes_reserved)
+}
+
+type Found = (Kind, &'static str, String);
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Option<Found> {
+    use cudarc::driver::{CudaContext, result::device};
+    // Where there is no driver at all, asking panics.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| ()));
+    let name = std::panic::catch_unwind(|| {
+        let count = CudaContext::device_count().unwrap_or(0);
+        (count > 0).then(|| device::get(0).and_then(device::get_name).unwrap_or_else(|_| "CUDA device".to_string()))
+    });
+    std::panic::set_hook(hook);
+    Some((Kind::Cuda, "cuda", name.ok().flatten()?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Option<Found> {
+    None
+}
+
+/// The best adapter of the graphics API that this build compiles kernels for.
+#[cfg(feature = "wgpu")]
+fn adapter(gpu_only: bool) -> Option<Found> {
+    use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice};
+    use wgpu::DeviceType;
+
+    let api = AutoGraphicsApi::backend();
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: api.into(),
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let adapters = cubecl::future::block_on(instance.enumerate_adapters(api.into()));
+    let found = adapters.iter().map(|adapter| adapter.get_info()).filter_map(|info| {
+        let (rank, device) = match info.device_type {
+            DeviceType::DiscreteGpu => (0, WgpuDevice::DiscreteGpu(0)),
+            DeviceType::IntegratedGpu => (1, WgpuDevice::IntegratedGpu(0)),
+            DeviceType::VirtualGpu => (2, WgpuDevice::VirtualGpu(0)),
+            DeviceType::Cpu if !gpu_only => (3, WgpuDevice::Cpu),
+            DeviceType::Cpu | DeviceType::Other => return None,
+        };
+        Some((rank, device, info.name))
+    });
+    let (_, device, name) = found.min_by_key(|found| found.0)?;
+    let backend = if cfg!(feature = "vulkan") && api == wgpu::Backend::Vulkan { "vulkan" } else { "wgpu" };
+    Some((Kind::Wgpu(device), backend, name))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn adapter(_gpu_only: bool) -> Option<Found> {
+    None
+}
+
+#[cfg(feature = "flex")]
+fn cpu() -> Option<Found> {
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    Some((Kind::Cpu, "cpu", format!("{threads} threads")))
+}
+
+#[cfg(not(feature = "flex"))]
+fn cpu() -> Option<Found> {
+    None
+}
+
+fn choose_dtype(kind: &Kind, name: &str, backend: &'static str, choice: DtypeChoice) -> Result<DType, Error> {
+    let supports = |dtype| match kind {
+        #[cfg(feature = "cuda")]
+        Kind::Cuda => burn::backend::Cuda::<f32, i32>::supports_dtype(&Default::default(), dtype),
+        #[cfg(feature = "wgpu")]
+        Kind::Wgpu(device) => burn::backend::Wgpu::<f32, i32>::supports_dtype(device, dtype),
+        #[cfg(feature = "flex")]
+        Kind::Cpu => burn::backend::Flex::<f32, i32>::supports_dtype(&Default::default(), dtype),
+    };
+    // On a processor, half types save memory and cost time.
+    let on_processor = match kind {
+        #[cfg(feature = "flex")]
+        Kind::Cpu => true,
+        #[cfg(feature = "wgpu")]
+        Kind::Wgpu(device) => *device == cubecl::wgpu::WgpuDevice::Cpu,
+        #[allow(unreachable_patterns)]
+        _ => false,
+    };
+    let dtype = match choice {
+        DtypeChoice::F32 => DType::F32,
+        DtypeChoice::F16 => DType::F16,
+        DtypeChoice::Bf16 => DType::BF16,
+        DtypeChoice::Auto if on_processor => DType::F32,
+        DtypeChoice::Auto => {
+            [DType::BF16, DType::F16].into_iter().find(|&dtype| supports(dtype)).unwrap_or(DType::F32)
+        }
+    };
+    if supports(dtype) {
+        Ok(dtype)
+    } else {
+        Err(Error::NoDtype { dtype: dtype_name(dtype), backend, device: name.to_string() })
+    }
+}
+
+/// A type's name, as `--dtype` takes it.
+pub fn dtype_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => "f32",
+    }
+}

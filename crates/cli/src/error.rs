@@ -1,0 +1,50 @@
+//! Everything that can end the program, one line each.
+
+use std::path::PathBuf;
+
+use long_context::generate::GenerateError;
+use long_context::sampler::SamplerError;
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum Error {
+    #[error(transparent)]
+    Checkpoint(#[from] long_context_weights::Error),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error("--{}", .0.to_string().replacen('_', "-", 1))]
+    Sampler(#[from] SamplerError),
+    #[error("{}: {error}", path.display())]
+    File { path: PathBuf, error: std::io::Error },
+    #[error("standard input: {0}")]
+    Input(std::io::Error),
+    #[error("standard output: {0}")]
+    Output(std::io::Error),
+    #[error("prompt: found nothing, expected text as an argument, in --file or on standard input")]
+    NoPrompt,
+    #[error("--ids: found '{found}', expected token ids separated by commas or a file that holds them")]
+    Ids { found: String },
+    #[error(
+        "prompt: found {prompt} tokens and {generate} to generate, expected at most {range} in all (the model's \
+         range); --stretch-rope stretches it"
+    )]
+    TooLong { prompt: usize, generate: usize, range: usize },
+    #[error("--context: found {found} tokens, expected at most {range} (the model's range); --stretch-rope stretches it")]
+    ContextTooLong { found: usize, range: usize },
+    #[error("--backend {name}: {}", if *built { missing } else { "not in this build (see the features of its Cargo.toml)" })]
+    NoBackend { name: &'static str, built: bool, missing: &'static str },
+    #[error("--backend auto: found no device; this build has no CPU backend")]
+    NoDevice,
+    #[error("--dtype {dtype}: not supported by {backend} on {device}")]
+    NoDtype { dtype: &'static str, backend: &'static str, device: String },
+}
+
+impl Error {
+    /// 2 for bad input, 1 for a failing device or stream.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            _ => 2,
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The whole workspace against golden vectors, on every backend that this machine has.
+
+mod attention;
+mod models;
+mod trained;
