@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use burn::backend::Flex;
 use burn::tensor::DType;
+use long_context::cache::AttentionConfig;
 use long_context::generate::{Event, GeneratorConfig, generate};
 use long_context::sampler::SamplerConfig;
 use long_context_weights::{Chat, Checkpoint, StreamDecoder};
@@ -25,7 +26,12 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let config = checkpoint.config();
     let model = checkpoint.load::<Flex>(config, DType::F32, &device, Rc::new(|_bytes_read| ()))?;
-    let limits = GeneratorConfig { capacity: prompt.len() + 40, chunk: 512, dtype: DType::F32 };
+    let limits = GeneratorConfig {
+        capacity: prompt.len() + 40,
+        chunk: 512,
+        dtype: DType::F32,
+        attention: AttentionConfig::default(),
+    };
     let mut engine = limits.init(model, config, &device);
     let mut sampler = SamplerConfig::default().init()?;
     let mut stream = StreamDecoder::new(&tokenizer);

@@ -36,8 +36,13 @@ impl Problem {
     pub fn inputs(&self, seed: u64) -> Inputs {
         let mut random = StdRng::seed_from_u64(seed);
         let mut draw = |n: usize| (0..n).map(|_| random.random_range(-1.7f32..1.7)).collect();
-        let (queries, keys) = (self.batch * self.heads * self.queries, self.batch * self.kv_heads * self.keys);
-        Inputs { q: draw(queries * self.head_dim), k: draw(keys * self.head_dim), v: draw(keys * self.head_dim) }
+        let (queries, keys) =
+            (self.batch * self.heads * self.queries, self.batch * self.kv_heads * self.keys);
+        Inputs {
+            q: draw(queries * self.head_dim),
+            k: draw(keys * self.head_dim),
+            v: draw(keys * self.head_dim),
+        }
     }
 
     /// Causal softmax attention in float64, bottom-right aligned, `[batch, heads, queries, head_dim]`.
@@ -68,5 +73,6 @@ impl Problem {
 pub fn max_difference<A: Into<f64> + Copy, B: Into<f64> + Copy>(found: &[A], expected: &[B]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let differences = found.iter().zip(expected).map(|(&a, &b)| (a.into() - b.into()).abs());
-    differences.fold(0.0, |max, difference| if difference > max || difference.is_nan() { difference } else { max })
+    differences
+        .fold(0.0, |max, difference| if difference > max || difference.is_nan() { difference } else { max })
 }

@@ -2,4 +2,5 @@
 
 mod attention;
 mod models;
+mod sparse;
 mod trained;

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use burn::tensor::DType;
-use long_context::generate::{Engine, Generator, GeneratorConfig};
+use long_context::generate::{Engine, GeneratorConfig};
 use long_context::sampler::most_likely;
+use long_context_runtime::{BackendChoice, Device};
 use long_context_tests::max_difference;
 use long_context_weights::Checkpoint;
 use safetensors::SafeTensors;
-use sample_attention::AttentionBackend;
 
 const FOLDERS: [&str; 10] = [
     "chatglm2-tiny",
@@ -28,11 +28,11 @@ const FOLDERS: [&str; 10] = [
     "internlm2-ntk-tiny",
 ];
 
-fn load<B: AttentionBackend>(folder: &Path, chunk: usize, device: &B::Device) -> Generator<B> {
+fn load(folder: &Path, chunk: usize, backend: BackendChoice) -> Box<dyn Engine> {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let config = checkpoint.config().clone();
-    let model = checkpoint.load::<B>(&config, DType::F32, device, Rc::new(|_| ())).unwrap();
-    GeneratorConfig { capacity: 256, chunk, dtype: DType::F32 }.init(model, &config, device)
+    let device = Device::find(backend, Some(DType::F32)).unwrap();
+    let limits = GeneratorConfig { capacity: 256, chunk, dtype: DType::F32, attention: Default::default() };
+    device.load(&checkpoint, checkpoint.config(), &limits, Rc::new(|_| ())).unwrap().engine
 }
 
 struct Golden {
@@ -100,12 +100,11 @@ fn greedy(engine: &mut dyn Engine, prompt: &[u32], cached: bool) -> (Vec<u32>, V
 }
 
 /// Logits of every position in chunks of each size; greedy tokens with the cache, and without it where asked.
-fn check<B: AttentionBackend>(tolerance: f64, chunks: &[usize], uncached: bool) {
-    let device = B::Device::default();
+fn check(backend: BackendChoice, tolerance: f64, chunks: &[usize], uncached: bool) {
     for name in FOLDERS {
         let golden = Golden::read(name);
         for &chunk in chunks {
-            let mut engine = load::<B>(&golden.folder, chunk, &device);
+            let mut engine = load(&golden.folder, chunk, backend);
             for prompt in &golden.prompts {
                 let case = format!("{name}, {}, chunks of {chunk}", prompt.name);
                 engine.truncate(0);
@@ -113,20 +112,26 @@ fn check<B: AttentionBackend>(tolerance: f64, chunks: &[usize], uncached: bool) 
                 engine.logits(&prompt.ids, &mut |chunk| logits.extend(chunk)).unwrap();
                 let expected = golden.tensor(&format!("logits.{}", prompt.name)).unwrap();
                 let difference = max_difference(&logits, &expected);
-                assert!(difference < tolerance, "{case}: logits differ by {difference}, expected below {tolerance}");
+                assert!(
+                    difference < tolerance,
+                    "{case}: logits differ by {difference}, expected below {tolerance}"
+                );
             }
         }
-        let mut engine = load::<B>(&golden.folder, 64, &device);
+        let mut engine = load(&golden.folder, 64, backend);
         for prompt in &golden.prompts {
             let uncached_logits = golden.tensor(&format!("greedy_logits_nocache.{}", prompt.name)).unwrap();
             let cached_logits = golden.tensor(&format!("greedy_logits_cache.{}", prompt.name));
             let cached_logits = cached_logits.as_ref().unwrap_or(&uncached_logits);
             let mut compare = |cached: bool, tokens: &[u32], expected: &[f32]| {
                 let case = format!("{name}, {}, cached: {cached}", prompt.name);
-                let (ids, logits) = greedy(&mut engine, &prompt.ids, cached);
+                let (ids, logits) = greedy(engine.as_mut(), &prompt.ids, cached);
                 assert_eq!(ids, tokens, "{case}: greedy tokens");
                 let difference = max_difference(&logits, expected);
-                assert!(difference < tolerance, "{case}: logits differ by {difference}, expected below {tolerance}");
+                assert!(
+                    difference < tolerance,
+                    "{case}: logits differ by {difference}, expected below {tolerance}"
+                );
             };
             compare(true, &prompt.greedy_cache, cached_logits);
             if uncached {
@@ -139,11 +144,11 @@ fn check<B: AttentionBackend>(tolerance: f64, chunks: &[usize], uncached: bool) 
 #[test]
 #[cfg(feature = "flex")]
 fn official_logits_on_the_cpu() {
-    check::<burn::backend::Flex>(1e-4, &[256, 13], true);
+    check(BackendChoice::Cpu, 1e-4, &[256, 13], true);
 }
 
 #[test]
 #[cfg(feature = "vulkan")]
 fn official_logits_on_vulkan() {
-    check::<burn::backend::Vulkan>(1e-3, &[48], false);
+    check(BackendChoice::Vulkan, 1e-3, &[48], false);
 }

@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use burn::backend::Flex;
 use burn::tensor::DType;
 use long_context::generate::{Event, GeneratorConfig, generate};
 use long_context::sampler::SamplerConfig;
+use long_context_runtime::{BackendChoice, Device};
 use long_context_weights::Checkpoint;
 
 fn root() -> PathBuf {
@@ -27,19 +27,25 @@ fn a_trained_model_speaks_in_both_layouts() {
     let golden: Vec<serde_json::Value> = serde_json::from_str(&golden).unwrap();
     for layout in ["internlm2", "chatglm"] {
         let folder = root().join("target/checkpoint").join(layout);
-        let checkpoint = Checkpoint::open(&folder).expect("examples/checkpoint.sh target/checkpoint makes it");
-        let device = Default::default();
-        let config = checkpoint.config().clone();
-        let model = checkpoint.load::<Flex>(&config, DType::F32, &device, Rc::new(|_| ())).unwrap();
-        let mut engine = GeneratorConfig { capacity: 256, chunk: 16, dtype: DType::F32 }.init(model, &config, &device);
+        let checkpoint =
+            Checkpoint::open(&folder).expect("examples/checkpoint.sh target/checkpoint makes it");
+        let device = Device::find(BackendChoice::Cpu, Some(DType::F32)).unwrap();
+        let limits =
+            GeneratorConfig { capacity: 256, chunk: 16, dtype: DType::F32, attention: Default::default() };
+        let mut engine =
+            device.load(&checkpoint, checkpoint.config(), &limits, Rc::new(|_| ())).unwrap().engine;
         let tokenizer = checkpoint.tokenizer().unwrap();
         for case in &golden {
             let (prompt, expected) = (ids(&case["input_ids"]), ids(&case["greedy"]));
             let mut sampler = SamplerConfig::default().init().unwrap();
             let mut go_on = |_: Event| ControlFlow::Continue(());
-            let answer = generate(&mut engine, &prompt, &mut sampler, expected.len(), &[], &mut go_on).unwrap();
+            let answer =
+                generate(engine.as_mut(), &prompt, &mut sampler, expected.len(), &[], &mut go_on).unwrap();
             assert_eq!(answer.ids, expected, "{layout}: {}", case["prompt"]);
-            assert_eq!(tokenizer.decode(&answer.ids), case["text"].as_str().unwrap().replace("<|im_end|>", ""));
+            assert_eq!(
+                tokenizer.decode(&answer.ids),
+                case["text"].as_str().unwrap().replace("<|im_end|>", "")
+            );
         }
     }
 }

@@ -15,7 +15,8 @@ const MOST_HEADS: usize = 100_000;
 const MOST_WIDTH: usize = 10_000_000;
 const MOST_POSITIONS: usize = 1 << 40;
 
-const SUPPORTED: &str = "ChatGLM2, ChatGLM3, GLM-4-9B (model_type chatglm), InternLM2 or InternLM2.5 (internlm2)";
+const SUPPORTED: &str =
+    "ChatGLM2, ChatGLM3, GLM-4-9B (model_type chatglm), InternLM2 or InternLM2.5 (internlm2)";
 
 /// Families whose prompts and tokenizers differ; the architectures are two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +99,9 @@ fn architecture(fields: &Fields) -> Result<Architecture> {
         match fields.get(key) {
             None => {}
             Some(bits) if bits.as_u64() == Some(0) => {}
-            Some(_) => return Err(fields.invalid(key, "a quantized checkpoint", "one stored in f32, f16 or bf16")),
+            Some(_) => {
+                return Err(fields.invalid(key, "a quantized checkpoint", "one stored in f32, f16 or bf16"));
+            }
         }
     }
     match (model_type, class) {
@@ -136,7 +139,11 @@ fn chatglm(fields: &Fields) -> Result<Config> {
     };
     let head_dim = fields.count("kv_channels", MOST_WIDTH)?;
     if !head_dim.is_multiple_of(4) {
-        return Err(fields.invalid("kv_channels", head_dim, "a multiple of 4 (half of a head turns in pairs)"));
+        return Err(fields.invalid(
+            "kv_channels",
+            head_dim,
+            "a multiple of 4 (half of a head turns in pairs)",
+        ));
     }
     let ratio = fields.positive_or("rope_ratio", 1.0)?;
     let eos = fields.ids("eos_token_id")?;
@@ -160,7 +167,8 @@ fn chatglm(fields: &Fields) -> Result<Config> {
         Family::ChatGlm3
     };
     // ChatGLM2-6B-32k alone divides positions; its config has the keys of ChatGLM3-32k.
-    let kind = if family == Family::ChatGlm2 { RopeRatioKind::DividesPosition } else { RopeRatioKind::ScalesBase };
+    let kind =
+        if family == Family::ChatGlm2 { RopeRatioKind::DividesPosition } else { RopeRatioKind::ScalesBase };
     let model = ModelConfig::ChatGlm(ChatGlmConfig {
         hidden_size: fields.count("hidden_size", MOST_WIDTH)?,
         num_layers,

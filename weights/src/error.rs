@@ -52,20 +52,14 @@ impl Error {
         }
     }
 
-    pub(crate) fn tensor(
-        file: &Path,
-        name: &str,
-        found: impl Display,
-        expected: impl Display,
-    ) -> Self {
+    pub(crate) fn tensor(file: &Path, name: &str, found: impl Display, expected: impl Display) -> Self {
         Self::invalid(file, format_args!("tensor `{name}`"), found, expected)
     }
 }
 
 /// Text from a file, fit for a message: no line breaks, no escape sequences, not endless.
 fn one_line(text: &str) -> String {
-    let mut line: String =
-        text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
+    let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
     if line.len() < text.len() && text.chars().count() > 200 {
         line.push('…');
     }

@@ -65,7 +65,9 @@ impl Fields {
         let expected = format!("a whole number from 1 to {most}");
         let value = self.required(key, &expected)?;
         let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
-        number.filter(|&number| number >= 1 && number <= most).ok_or_else(|| self.invalid(key, value, &expected))
+        number
+            .filter(|&number| number >= 1 && number <= most)
+            .ok_or_else(|| self.invalid(key, value, &expected))
     }
 
     /// A finite number above 0.

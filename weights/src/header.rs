@@ -54,13 +54,22 @@ fn entry(file: &Path, name: &str, value: &Value, start: usize, data: usize) -> R
     let numbers = |key: &str| -> Result<Vec<usize>> {
         let found = &value[key];
         let list = found.as_array().and_then(|list| list.iter().map(number).collect());
-        list.ok_or_else(|| Error::tensor(file, name, format_args!("{key} {found}"), "a list of whole numbers"))
+        list.ok_or_else(|| {
+            Error::tensor(file, name, format_args!("{key} {found}"), "a list of whole numbers")
+        })
     };
     let dtype = match value["dtype"].as_str() {
         Some("F32") => DType::F32,
         Some("F16") => DType::F16,
         Some("BF16") => DType::BF16,
-        _ => return Err(Error::tensor(file, name, format_args!("dtype {}", value["dtype"]), "F32, F16 or BF16")),
+        _ => {
+            return Err(Error::tensor(
+                file,
+                name,
+                format_args!("dtype {}", value["dtype"]),
+                "F32, F16 or BF16",
+            ));
+        }
     };
     let shape = numbers("shape")?;
     let offsets = numbers("data_offsets")?;
@@ -87,13 +96,23 @@ fn check_cover(file: &Path, entries: &BTreeMap<String, Entry>, start: usize, end
     for (range, name) in ranges {
         if range.start != reached {
             let found = format!("data from byte {}", range.start - start);
-            return Err(Error::tensor(file, name, found, format!("{} (no holes, no overlaps)", reached - start)));
+            return Err(Error::tensor(
+                file,
+                name,
+                found,
+                format!("{} (no holes, no overlaps)", reached - start),
+            ));
         }
         reached = range.end;
     }
     if reached != end {
         let (found, expected) = (end - start, reached - start);
-        return Err(Error::invalid(file, "data", format!("{found} bytes"), format!("{expected} as its header says")));
+        return Err(Error::invalid(
+            file,
+            "data",
+            format!("{found} bytes"),
+            format!("{expected} as its header says"),
+        ));
     }
     Ok(())
 }

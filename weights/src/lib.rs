@@ -94,7 +94,12 @@ impl Checkpoint {
             }
             ModelConfig::InternLm2(_) => {
                 let file = self.folder.join("config.json");
-                Err(Error::invalid(&file, "rope_ratio", "InternLM2, which has none", "a ChatGLM or GLM-4 model"))
+                Err(Error::invalid(
+                    &file,
+                    "rope_ratio",
+                    "InternLM2, which has none",
+                    "a ChatGLM or GLM-4 model",
+                ))
             }
         }
     }

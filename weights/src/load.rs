@@ -97,7 +97,12 @@ pub(crate) fn load<B: Backend, M: Module<B>>(
     }
     // The names were checked against the files; here they are checked against the module itself.
     if let Some(name) = result.unused.first().or(result.missing.first().map(|(path, _)| path)) {
-        return Err(Error::invalid(&shards.source, format_args!("parameter `{name}`"), "no match", "one tensor a parameter"));
+        return Err(Error::invalid(
+            &shards.source,
+            format_args!("parameter `{name}`"),
+            "no match",
+            "one tensor a parameter",
+        ));
     }
     if let Some(error) = result.errors.first() {
         return Err(Error::invalid(&shards.source, "module", error, "every tensor to fit"));
@@ -134,9 +139,10 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
 fn convert<T>(bytes: &[u8], stored: DType, narrow: impl Fn(f32) -> T) -> Vec<T> {
     const BLOCK: usize = 4096;
     match stored {
-        DType::F32 => {
-            bytes.chunks_exact(4).map(|word| narrow(f32::from_le_bytes([word[0], word[1], word[2], word[3]]))).collect()
-        }
+        DType::F32 => bytes
+            .chunks_exact(4)
+            .map(|word| narrow(f32::from_le_bytes([word[0], word[1], word[2], word[3]])))
+            .collect(),
         DType::BF16 => words(bytes).map(|word| narrow(bf16::from_bits(word).to_f32())).collect(),
         _ => {
             let mut values = Vec::with_capacity(bytes.len() / 2);

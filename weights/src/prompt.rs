@@ -9,6 +9,9 @@ use crate::error::{Error, Result};
 use crate::fields::Fields;
 use crate::tokenizer::Tokenizer;
 
+/// Instructions that a chat template may run: far more than a template needs for a long conversation.
+const TEMPLATE_STEPS: u64 = 10_000_000;
+
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -215,10 +218,15 @@ impl<'a> Chat<'a> {
         // As the library that templates are written for sets its engine up.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| refuse(error.to_string()))?);
+        // A template comes with the checkpoint: one that never ends is bad input like any other.
+        environment.set_fuel(Some(TEMPLATE_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |text: String| -> std::result::Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, text))
-        });
+        environment.add_function(
+            "raise_exception",
+            |text: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, text))
+            },
+        );
         let values = context! {
             messages => guarded, add_generation_prompt => true, bos_token => bos, eos_token => eos,
         };

@@ -50,7 +50,9 @@ impl Stored {
                 // SAFETY: the map is read-only and backed by a file: dropped pages are read again when touched.
                 // It only saves memory, so a system that refuses changes nothing.
                 #[cfg(unix)]
-                let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+                let _ = unsafe {
+                    map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+                };
                 Ok(data)
             }
             Source::Torch(snapshot) => {
@@ -59,7 +61,12 @@ impl Stored {
                 })?;
                 // The reader hands out zeros for data that is absent or damaged; no parameter is all zeros.
                 if data.bytes.iter().all(|&byte| byte == 0) {
-                    return Err(Error::tensor(&self.file, name, "nothing but zeros", "data that can be read"));
+                    return Err(Error::tensor(
+                        &self.file,
+                        name,
+                        "nothing but zeros",
+                        "data that can be read",
+                    ));
                 }
                 Ok(convert(&data.bytes))
             }
@@ -104,23 +111,38 @@ impl Shards {
             };
             let plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
             if !plain || file.contains('\\') || file.is_empty() {
-                return Err(Error::tensor(index, tensor, format_args!("file `{file}`"), "a file inside the folder"));
+                return Err(Error::tensor(
+                    index,
+                    tensor,
+                    format_args!("file `{file}`"),
+                    "a file inside the folder",
+                ));
             }
             shards.entry(file).or_default().insert(tensor);
+        }
+        if let Some(name) = shards.keys().find(|name| !folder.join(name).is_file()) {
+            return Err(Error::invalid(
+                index,
+                format_args!("shard `{name}`"),
+                "no such file",
+                "one in the folder",
+            ));
         }
         let mut tensors = BTreeMap::new();
         for (name, listed) in &shards {
             let file = folder.join(name);
-            if !file.is_file() {
-                return Err(Error::invalid(index, format_args!("shard `{name}`"), "no such file", "one in the folder"));
-            }
             let stored = read(&file)?;
             if let Some(absent) = listed.iter().find(|tensor| !stored.contains_key(**tensor)) {
                 return Err(Error::tensor(&file, absent, "nothing", "it here, as the index says"));
             }
             for (tensor, stored) in stored {
                 if !listed.contains(tensor.as_str()) {
-                    return Err(Error::tensor(&file, &tensor, "it here", "it where the index says, or nowhere"));
+                    return Err(Error::tensor(
+                        &file,
+                        &tensor,
+                        "it here",
+                        "it where the index says, or nowhere",
+                    ));
                 }
                 tensors.insert(tensor, stored);
             }
@@ -161,7 +183,12 @@ fn torch(file: &Path) -> Result<BTreeMap<String, Stored>> {
     let mut tensors = BTreeMap::new();
     for (name, snapshot) in reader.into_tensors() {
         if !matches!(snapshot.dtype, DType::F32 | DType::F16 | DType::BF16) {
-            return Err(Error::tensor(file, &name, format_args!("dtype {:?}", snapshot.dtype), "F32, F16 or BF16"));
+            return Err(Error::tensor(
+                file,
+                &name,
+                format_args!("dtype {:?}", snapshot.dtype),
+                "F32, F16 or BF16",
+            ));
         }
         let stored = Stored {
             file: file.to_path_buf(),

@@ -1,6 +1,6 @@
 //! Text to ids and back, from the tokenizer files of a folder.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use kitoken::convert::{convert_sentencepiece, convert_tiktoken, convert_tokenizers};
@@ -16,9 +16,20 @@ const GLM4_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+
 const CHATGLM2_SPECIALS: [&str; 5] = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"];
 const CHATGLM3_ROLES: [&str; 4] = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"];
 const GLM4_SPECIALS: [&str; 10] = [
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
 ];
+/// Tokens that text makes although they are never split.
+const ORDINARY: &[SpecialTokenKind] = &[SpecialTokenKind::Priority];
+
 /// InternLM2 renames the last pieces of its vocabulary; `tokenizer_config.json` says so where it is there.
 const INTERNLM2_SPECIALS: [(u32, &str); 2] = [(92542, "<|im_end|>"), (92543, "<|im_start|>")];
 const INTERNLM2_VOCABULARY: usize = 92544;
@@ -28,6 +39,8 @@ pub struct Tokenizer {
     kitoken: Kitoken,
     /// Bytes of every ordinary token.
     pieces: HashMap<u32, Vec<u8>>,
+    /// Byte tokens that the converter left out, and the pieces that decode to the same byte.
+    bytes: HashMap<u32, u32>,
     specials: BTreeMap<u32, String>,
     ids: HashMap<String, u32>,
     native: bool,
@@ -52,12 +65,19 @@ impl Tokenizer {
         if model.is_file() {
             let data = std::fs::read(&model).map_err(Error::io(&model))?;
             // Ranks are lines of base64 and a number; SentencePiece is binary.
-            let tiktoken = data.iter().take(4096).all(|byte| byte.is_ascii_graphic() || b" \r\n".contains(byte));
+            let tiktoken =
+                data.iter().take(4096).all(|byte| byte.is_ascii_graphic() || b" \r\n".contains(byte));
             let definition = if tiktoken { convert_tiktoken(&data) } else { convert_sentencepiece(&data) };
-            let refuse = |found| Error::invalid(&model, "content", found, "a SentencePiece model or tiktoken ranks");
+            let refuse =
+                |found| Error::invalid(&model, "content", found, "a SentencePiece model or tiktoken ranks");
             let mut definition = definition.map_err(|error| refuse(error.to_string()))?;
             let mut specials = control_tokens(&definition);
             if tiktoken {
+                let singles: BTreeSet<&[u8]> =
+                    definition.model.vocab().iter().map(|token| &token.bytes[..]).collect();
+                if let Some(byte) = (0..=u8::MAX).find(|byte| !singles.contains(&[*byte][..])) {
+                    return Err(refuse(format!("no rank for the byte {byte}")));
+                }
                 definition.config.split = vec![Split::Pattern {
                     pattern: Regex::new(GLM4_SPLIT).map_err(|error| refuse(error.to_string()))?.into(),
                     behavior: SplitBehavior::Isolate,
@@ -70,7 +90,8 @@ impl Tokenizer {
             Self::new(definition, specials, true).map_err(refuse)
         } else if json.is_file() {
             let data = std::fs::read(&json).map_err(Error::io(&json))?;
-            let refuse = |found| Error::invalid(&json, "content", found, "a tokenizer.json of the tokenizers library");
+            let refuse =
+                |found| Error::invalid(&json, "content", found, "a tokenizer.json of the tokenizers library");
             let definition = convert_tokenizers(&data).map_err(|error| refuse(error.to_string()))?;
             let mut specials = control_tokens(&definition);
             specials.extend(configured(folder)?);
@@ -88,17 +109,25 @@ impl Tokenizer {
         // What is not in the vocabulary cannot be made from text.
         definition.model.vocab_mut().retain(|token| !specials.contains_key(&token.id));
         definition.specials.retain(|token| !specials.contains_key(&token.id));
-        let pieces = definition.model.vocab().iter().map(|token| (token.id, token.bytes.to_vec())).collect();
+        if definition.model.vocab().is_empty() {
+            return Err("no tokens".to_string());
+        }
+        let mut pieces: HashMap<u32, Vec<u8>> =
+            definition.model.vocab().iter().map(|token| (token.id, token.bytes.to_vec())).collect();
+        let bytes = byte_tokens(&pieces, &specials);
+        pieces.extend(bytes.iter().map(|(id, piece)| (*id, pieces[piece].clone())).collect::<Vec<_>>());
+        // Pieces that are never split are no special tokens: text makes them, and they are shown.
+        let whole = definition.specials.iter().filter(|token| token.kind == SpecialTokenKind::Priority);
+        pieces.extend(whole.map(|token| (token.id, token.bytes.to_vec())));
         let ids = specials.iter().map(|(&id, name)| (name.clone(), id)).collect();
         let kitoken = Kitoken::from_definition(definition).map_err(|error| error.to_string())?;
-        Ok(Self { kitoken, pieces, specials, ids, native })
+        Ok(Self { kitoken, pieces, bytes, specials, ids, native })
     }
 
     /// The ids of a text. Special tokens written out in it are text like any other.
     pub fn encode(&self, text: &str) -> Vec<u32> {
-        let kinds: &[SpecialTokenKind] = &[SpecialTokenKind::Priority];
-        // Every tokenizer here falls back to bytes or to its unknown token.
-        self.kitoken.encode(text, kinds).unwrap_or_default()
+        // Every tokenizer here falls back to bytes, to its unknown token or to nothing.
+        self.kitoken.encode(text, ORDINARY).unwrap_or_default()
     }
 
     /// The text of ids; special tokens and ids that stand for nothing are left out.
@@ -107,8 +136,9 @@ impl Tokenizer {
     }
 
     pub(crate) fn decode_bytes(&self, ids: &[u32]) -> Vec<u8> {
-        let ordinary: Vec<u32> = ids.iter().copied().filter(|id| self.pieces.contains_key(id)).collect();
-        self.kitoken.decode(&ordinary, false).unwrap_or_default()
+        let ordinary = ids.iter().filter(|id| self.pieces.contains_key(id));
+        let ordinary: Vec<u32> = ordinary.map(|id| *self.bytes.get(id).unwrap_or(id)).collect();
+        self.kitoken.decode(&ordinary, ORDINARY).unwrap_or_default()
     }
 
     /// The id of a special token such as `<|user|>`.
@@ -134,6 +164,26 @@ impl Tokenizer {
     pub(crate) fn is_native(&self) -> bool {
         self.native
     }
+}
+
+/// SentencePiece has 256 byte tokens in a row. The converter keeps one token for the same bytes, which leaves
+/// out those that a piece equals; a model may still write them.
+fn byte_tokens(pieces: &HashMap<u32, Vec<u8>>, specials: &BTreeMap<u32, String>) -> HashMap<u32, u32> {
+    let singles: HashMap<u8, u32> = pieces
+        .iter()
+        .filter_map(|(&id, bytes)| match bytes[..] {
+            [byte] => Some((byte, id)),
+            _ => None,
+        })
+        .collect();
+    let first = singles.get(&u8::MAX).and_then(|last| last.checked_sub(u32::from(u8::MAX)));
+    let Some(first) =
+        first.filter(|first| (0x80..=u8::MAX).all(|b| singles.get(&b) == Some(&(first + u32::from(b)))))
+    else {
+        return HashMap::new();
+    };
+    let tokens = singles.iter().map(|(&byte, &piece)| (first + u32::from(byte), piece));
+    tokens.filter(|(id, _)| !pieces.contains_key(id) && !specials.contains_key(id)).collect()
 }
 
 /// Ids that the vocabulary takes, special ones included.

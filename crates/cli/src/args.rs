@@ -1,8 +1,13 @@
 //! The command line.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use burn::tensor::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use long_context::cache::AttentionConfig;
+use long_context_runtime::BackendChoice;
+use sample_attention::{Preset, SampleAttentionOptions};
 
 /// Long-context language models with SampleAttention.
 #[derive(Debug, Parser)]
@@ -24,6 +29,11 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write the logits after every token, [n, vocab] in f32, to a safetensors file
     Logits(LogitsArgs),
+    /// Run SampleAttention on the tensors q, k and v of a file
+    Op(OpArgs),
+    /// Check the kernels on this machine's device against float64, case by case
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    Selftest(SelftestArgs),
 }
 
 #[derive(Debug, Args)]
@@ -104,6 +114,39 @@ pub struct LogitsArgs {
     pub model: ModelArgs,
 }
 
+#[derive(Debug, Args)]
+pub struct OpArgs {
+    /// Safetensors file with q [batch, heads, Sq, D], k and v [batch, kv heads, Sk, D]
+    pub input: PathBuf,
+    /// JSON file with the options (alpha, row_ratio, window_ratio, coverage, ...), or an object that holds
+    /// them under "config" [default: the default preset]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Safetensors file to write: out, lse, bands, stripes, stripe_count, density, recall
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Backend
+    #[arg(short, long, value_enum, default_value = "auto")]
+    pub backend: BackendName,
+    /// Type to compute in
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: DtypeName,
+}
+
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+#[derive(Debug, Args)]
+pub struct SelftestArgs {
+    /// Backend
+    #[arg(short, long, value_enum, default_value = "auto")]
+    pub backend: BackendName,
+    /// Folders of golden cases (golden.json and golden.safetensors) to run besides the random problems
+    #[arg(long, value_name = "DIR")]
+    pub golden: Vec<PathBuf>,
+    /// Seed of the random problems [default: the time]
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
 /// How tokens are drawn and when to stop.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
@@ -143,13 +186,22 @@ pub struct SamplingArgs {
 pub struct ModelArgs {
     /// Backend; auto takes CUDA, then a GPU through Vulkan or WebGPU, then the CPU, and says which
     #[arg(short, long, value_enum, default_value = "auto")]
-    pub backend: BackendChoice,
+    pub backend: BackendName,
     /// Type to compute in [default: bf16 on a GPU that has it, else f16; f32 on the CPU]
     #[arg(long, value_enum, default_value = "auto")]
-    pub dtype: DtypeChoice,
-    /// Attention of the prefill
-    #[arg(long, value_enum, default_value = "dense")]
-    pub attention: AttentionChoice,
+    pub dtype: DtypeName,
+    /// Attention of the prefill: dense, default, paper, fast or joint
+    #[arg(long, value_name = "PRESET", default_value = "dense")]
+    pub attention: Preset,
+    /// Attention of some layers, such as 0-2=dense or 7=paper (repeatable)
+    #[arg(long, value_name = "LAYERS=PRESET", value_parser = layers)]
+    pub layer_attention: Vec<(RangeInclusive<usize>, Preset)>,
+    /// Contexts up to this length are attended densely, whatever the preset [default: 1024]
+    #[arg(long, value_name = "TOKENS")]
+    pub dense_below: Option<usize>,
+    /// Show what the plans of SampleAttention kept, layer by layer
+    #[arg(long)]
+    pub report: bool,
     /// Tokens run at a time during prefill: bounds the memory of activations
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = positive)]
     pub chunk: usize,
@@ -164,8 +216,41 @@ pub struct ModelArgs {
     pub quiet: bool,
 }
 
+impl ModelArgs {
+    /// The attention that the flags describe.
+    pub fn attention_config(&self) -> AttentionConfig {
+        let options = |preset: Preset| {
+            let options = preset.options();
+            match self.dense_below {
+                Some(dense_below) if preset != Preset::Dense => {
+                    SampleAttentionOptions { dense_below, ..options }
+                }
+                _ => options,
+            }
+        };
+        let named = self.layer_attention.iter().flat_map(|(layers, preset)| {
+            let options = options(*preset);
+            layers.clone().map(move |layer| (layer, options))
+        });
+        AttentionConfig { options: options(self.attention), layers: named.collect(), report: self.report }
+    }
+}
+
+/// `3=paper` or `0-7=dense`.
+fn layers(text: &str) -> Result<(RangeInclusive<usize>, Preset), String> {
+    let parsed = || {
+        let (layers, preset) = text.split_once('=')?;
+        let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        (first <= last && last < MOST_LAYERS).then(|| Some((first..=last, preset.parse().ok()?)))?
+    };
+    parsed().ok_or_else(|| "expected layers and a preset, such as 0-2=dense or 7=paper".to_string())
+}
+
+const MOST_LAYERS: usize = 10_000;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum BackendChoice {
+pub enum BackendName {
     Auto,
     /// NVIDIA, through CUDA
     Cuda,
@@ -176,18 +261,35 @@ pub enum BackendChoice {
     Cpu,
 }
 
+impl From<BackendName> for BackendChoice {
+    fn from(name: BackendName) -> Self {
+        match name {
+            BackendName::Auto => Self::Auto,
+            BackendName::Cuda => Self::Cuda,
+            BackendName::Vulkan => Self::Vulkan,
+            BackendName::Wgpu => Self::Wgpu,
+            BackendName::Cpu => Self::Cpu,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DtypeChoice {
+pub enum DtypeName {
     Auto,
     F32,
     F16,
     Bf16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum AttentionChoice {
-    /// Every key
-    Dense,
+impl From<DtypeName> for Option<DType> {
+    fn from(name: DtypeName) -> Self {
+        match name {
+            DtypeName::Auto => None,
+            DtypeName::F32 => Some(DType::F32),
+            DtypeName::F16 => Some(DType::F16),
+            DtypeName::Bf16 => Some(DType::BF16),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

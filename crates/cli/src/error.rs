@@ -29,14 +29,17 @@ pub enum Error {
          range); --stretch-rope stretches it"
     )]
     TooLong { prompt: usize, generate: usize, range: usize },
-    #[error("--context: found {found} tokens, expected at most {range} (the model's range); --stretch-rope stretches it")]
+    #[error(
+        "--context: found {found} tokens, expected at most {range} (the model's range); --stretch-rope stretches it"
+    )]
     ContextTooLong { found: usize, range: usize },
-    #[error("--backend {name}: {}", if *built { missing } else { "not in this build (see the features of its Cargo.toml)" })]
-    NoBackend { name: &'static str, built: bool, missing: &'static str },
-    #[error("--backend auto: found no device; this build has no CPU backend")]
-    NoDevice,
-    #[error("--dtype {dtype}: not supported by {backend} on {device}")]
-    NoDtype { dtype: &'static str, backend: &'static str, device: String },
+    #[error(transparent)]
+    Device(#[from] long_context_runtime::Error),
+    #[error("{}: {found}", path.display())]
+    Content { path: PathBuf, found: String },
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
+    #[error("selftest: some checks failed")]
+    Selftest,
 }
 
 impl Error {
@@ -44,6 +47,9 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            Self::Selftest => 1,
+            Self::Device(long_context_runtime::Error::Failed(_)) => 1,
             _ => 2,
         }
     }

@@ -1,7 +1,6 @@
 //! `sattn`: long-context language models from the command line.
 
 mod args;
-mod backend;
 mod commands;
 mod error;
 mod report;
@@ -28,6 +27,9 @@ fn main() -> ExitCode {
         Command::Info(args) => commands::info::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Op(args) => commands::op::run(args),
+        #[cfg(any(feature = "cuda", feature = "wgpu"))]
+        Command::Selftest(args) => commands::selftest::run(args),
     });
     match run {
         Ok(Ok(code)) => code,

@@ -1,13 +1,14 @@
 //! What is told beside the answer: progress, timings, memory, the last words of a panic.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use long_context::cache::LayerReport;
 use long_context::generate::{FinishReason, Generation};
+use long_context_runtime::{Device, dtype_name};
 use serde::Serialize;
-
-use crate::backend::{Device, dtype_name};
 
 /// Timings and memory of one generation.
 #[derive(Debug, Serialize)]
@@ -15,7 +16,7 @@ pub struct Stats {
     pub backend: &'static str,
     pub device: String,
     pub dtype: &'static str,
-    pub attention: &'static str,
+    pub attention: String,
     pub prompt_tokens: usize,
     /// Tokens of the prompt that were run; the rest was in the cache.
     pub prefill_tokens: usize,
@@ -32,6 +33,7 @@ pub struct Stats {
 impl Stats {
     pub fn new(
         device: &Device,
+        attention: String,
         load: Duration,
         prompt_tokens: usize,
         generation: &Generation,
@@ -42,7 +44,7 @@ impl Stats {
             backend: device.backend,
             device: device.name.clone(),
             dtype: dtype_name(device.dtype),
-            attention: "dense",
+            attention,
             prompt_tokens,
             prefill_tokens: generation.prefill_tokens,
             generated_tokens: generation.ids.len(),
@@ -72,6 +74,60 @@ impl Stats {
             parts.push(format!("device memory {}", size(bytes)));
         }
         format!("{} · {}", parts.join(" · "), self.finish)
+    }
+}
+
+/// What SampleAttention kept in one layer, over the chunks of the prefill.
+#[derive(Debug, Serialize)]
+pub struct LayerLine {
+    pub layer: usize,
+    /// Of the whole prefill's query-key pairs.
+    pub density: f64,
+    pub recall_mean: f32,
+    pub recall_min: f32,
+    pub dense_heads: usize,
+    pub heads: usize,
+}
+
+impl LayerLine {
+    /// Sums the chunks up by their query-key pairs.
+    pub fn of(reports: &[LayerReport]) -> Vec<Self> {
+        let pairs =
+            |report: &LayerReport| report.length as f64 * (report.start as f64 + report.length as f64 / 2.0);
+        let layers: BTreeMap<usize, Vec<&LayerReport>> =
+            reports.iter().fold(BTreeMap::new(), |mut layers, report| {
+                layers.entry(report.layer).or_insert_with(Vec::new).push(report);
+                layers
+            });
+        layers
+            .into_iter()
+            .map(|(layer, chunks)| {
+                let all: f64 = chunks.iter().map(|chunk| pairs(chunk)).sum();
+                let mean = |value: fn(&LayerReport) -> f32| {
+                    chunks.iter().map(|chunk| pairs(chunk) * f64::from(value(chunk))).sum::<f64>() / all
+                };
+                Self {
+                    layer,
+                    density: mean(|chunk| chunk.report.density()),
+                    recall_mean: mean(|chunk| chunk.report.recall_mean()) as f32,
+                    recall_min: chunks.iter().map(|chunk| chunk.report.recall_min()).fold(1.0, f32::min),
+                    dense_heads: chunks.iter().map(|chunk| chunk.report.dense_heads()).max().unwrap_or(0),
+                    heads: chunks.iter().map(|chunk| chunk.report.heads.len()).max().unwrap_or(0),
+                }
+            })
+            .collect()
+    }
+
+    /// A table for people.
+    pub fn table(lines: &[Self]) -> String {
+        let mut table = "layer  density  recall  minimum  dense heads\n".to_string();
+        for line in lines {
+            let Self { layer, density, recall_mean, recall_min, dense_heads, heads } = line;
+            table += &format!(
+                "{layer:>5} {density:>8.3} {recall_mean:>7.4} {recall_min:>8.4} {dense_heads:>6} of {heads}\n"
+            );
+        }
+        table
     }
 }
 

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use long_context::generate::{Event, Generation, GeneratorConfig, StopStrings, generate};
 use long_context::models::ModelConfig;
 use long_context::sampler::{Sampler, SamplerConfig};
+use long_context_runtime::{Device, Loaded, dtype_name};
 use long_context_weights::{Checkpoint, RopeRatioKind, StreamDecoder, Tokenizer};
 
 use crate::args::{ModelArgs, RopeRatioMeaning, SamplingArgs};
-use crate::backend::{Device, Loaded};
 use crate::error::Error;
-use crate::report::{Stats, finish_name, load_bar, prefill_bar};
+use crate::report::{LayerLine, Stats, finish_name, load_bar, prefill_bar};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -53,6 +53,7 @@ pub struct Session {
     pub device: Device,
     pub loaded: Loaded,
     pub load_time: Duration,
+    attention: String,
     quiet: bool,
 }
 
@@ -64,11 +65,16 @@ impl Session {
         capacity: usize,
         args: &ModelArgs,
     ) -> Result<Self, Error> {
-        let device = Device::find(args.backend, args.dtype)?;
+        let device = Device::find(args.backend.into(), args.dtype.into())?;
         if !args.quiet {
-            eprintln!("{} · {} · {}", device.backend, device.name, crate::backend::dtype_name(device.dtype));
+            eprintln!("{} · {} · {}", device.backend, device.name, dtype_name(device.dtype));
         }
-        let limits = GeneratorConfig { capacity, chunk: args.chunk, dtype: device.dtype };
+        let limits = GeneratorConfig {
+            capacity,
+            chunk: args.chunk,
+            dtype: device.dtype,
+            attention: args.attention_config(),
+        };
         let begin = Instant::now();
         let bar = load_bar(args.quiet, checkpoint.bytes());
         let progress = {
@@ -77,7 +83,8 @@ impl Session {
         };
         let loaded = device.load(checkpoint, config, &limits, progress)?;
         bar.finish_and_clear();
-        Ok(Self { device, loaded, load_time: begin.elapsed(), quiet: args.quiet })
+        let attention = args.attention.to_string();
+        Ok(Self { device, loaded, attention, load_time: begin.elapsed(), quiet: args.quiet })
     }
 
     /// Answers a prompt, handing text to `show` as it comes; the whole text and how it went.
@@ -151,13 +158,15 @@ impl Session {
         };
         let stats = Stats::new(
             &self.device,
+            self.attention.clone(),
             self.load_time,
             prompt.len(),
             &generation,
             finish,
             (self.loaded.device_bytes)(),
         );
-        Ok(Answer { text, generation, stats })
+        let layers = LayerLine::of(&self.loaded.engine.take_reports()?);
+        Ok(Answer { text, generation, stats, layers })
     }
 }
 
@@ -166,6 +175,8 @@ pub struct Answer {
     pub text: String,
     pub generation: Generation,
     pub stats: Stats,
+    /// What SampleAttention kept, where it was asked for.
+    pub layers: Vec<LayerLine>,
 }
 
 /// When an answer ends.

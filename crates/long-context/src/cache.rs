@@ -1,6 +1,11 @@
-//! The key/value cache, allocated once for the whole conversation.
+//! The key/value cache, allocated once for the whole conversation, and the attention over it.
 
-use burn::tensor::{DType, Tensor, backend::Backend, s};
+use std::collections::BTreeMap;
+
+use burn::tensor::{DType, Tensor, backend::Backend};
+use sample_attention::{
+    AttentionBackend, KeyValueCache, Report, SampleAttentionOptions, Summary, sample_attention_with_plan,
+};
 
 /// Keys and values of every layer, native heads (never repeated for grouped queries).
 #[derive(Debug, Clone)]
@@ -8,6 +13,30 @@ pub struct KvCache<B: Backend> {
     layers: Vec<LayerCache<B>>,
     length: usize,
     capacity: usize,
+}
+
+/// The attention of each layer's prefill.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AttentionConfig {
+    /// Every layer's that is not named below.
+    pub options: SampleAttentionOptions,
+    /// Layers with options of their own.
+    pub layers: BTreeMap<usize, SampleAttentionOptions>,
+    /// Whether reports are kept for [`KvCache::take_reports`].
+    pub report: bool,
+}
+
+/// What one layer kept in one chunk of the prefill.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerReport {
+    /// The layer.
+    pub layer: usize,
+    /// Position of the chunk's first token.
+    pub start: usize,
+    /// Tokens of the chunk.
+    pub length: usize,
+    /// Its heads.
+    pub report: Report,
 }
 
 /// Dimensions of a [`KvCache`].
@@ -27,11 +56,19 @@ pub struct KvCacheConfig {
 
 impl KvCacheConfig {
     /// Allocates the cache.
-    pub fn init<B: Backend>(&self, dtype: DType, device: &B::Device) -> KvCache<B> {
+    pub fn init<B: Backend>(
+        &self,
+        attention: &AttentionConfig,
+        dtype: DType,
+        device: &B::Device,
+    ) -> KvCache<B> {
         let shape = [self.batch, self.num_kv_heads, self.capacity, self.head_dim];
-        let zeros = || Some(Tensor::zeros(shape, (device, dtype)));
-        let layers =
-            (0..self.num_layers).map(|_| LayerCache { keys: zeros(), values: zeros(), length: 0 }).collect();
+        let layer = |layer| LayerCache {
+            held: KeyValueCache::new(shape, dtype, device),
+            options: *attention.layers.get(&layer).unwrap_or(&attention.options),
+            summaries: attention.report.then(Vec::new),
+        };
+        let layers = (0..self.num_layers).map(layer).collect();
         KvCache { layers, length: 0, capacity: self.capacity }
     }
 
@@ -64,8 +101,26 @@ impl<B: Backend> KvCache<B> {
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
         for layer in &mut self.layers {
-            layer.length = self.length;
+            layer.held.truncate(length);
         }
+    }
+
+    /// Reads what each layer's plans kept since the last call; empty where [`AttentionConfig::report`] is off.
+    ///
+    /// # Errors
+    ///
+    /// A device that fails.
+    pub fn take_reports(&mut self) -> Result<Vec<LayerReport>, sample_attention::Error>
+    where
+        B: AttentionBackend,
+    {
+        let mut reports = Vec::new();
+        for (layer, cache) in self.layers.iter_mut().enumerate() {
+            for (start, length, summary) in cache.summaries.iter_mut().flat_map(std::mem::take) {
+                reports.push(LayerReport { layer, start, length, report: summary.report()? });
+            }
+        }
+        Ok(reports)
     }
 
     pub(crate) fn layer(&mut self, index: usize) -> &mut LayerCache<B> {
@@ -77,40 +132,35 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
-/// Keys and values of one layer.
+/// Keys and values of one layer, and how it attends to them.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
-    // Taken out while a slice is assigned: only a sole owner is written in place.
-    keys: Option<Tensor<B, 4>>,
-    values: Option<Tensor<B, 4>>,
-    length: usize,
+    held: KeyValueCache<B>,
+    options: SampleAttentionOptions,
+    /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
+    summaries: Option<Vec<(usize, usize, Summary<B>)>>,
 }
 
-impl<B: Backend> LayerCache<B> {
-    /// Appends new positions and returns all that are held.
+impl<B: AttentionBackend> LayerCache<B> {
+    /// Appends new positions and attends from them to all that are held.
     ///
     /// # Shapes
     ///
-    /// - keys, values: `[batch, kv_heads, length, head_dim]`
-    /// - output: two of `[batch, kv_heads, held, head_dim]`
-    pub fn append(&mut self, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let end = self.length + keys.dims()[2];
-        let keys = write(&mut self.keys, keys, self.length, end);
-        let values = write(&mut self.values, values, self.length, end);
-        self.length = end;
-        (keys, values)
+    /// - q: `[batch, heads, length, head_dim]`
+    /// - k, v: `[batch, kv_heads, length, head_dim]`
+    /// - output: like q
+    ///
+    /// # Panics
+    ///
+    /// Where shapes or types do not fit each other or the cache.
+    pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
+        let (start, length) = (self.held.len(), k.dims()[2]);
+        let (keys, values) = self.held.append(k, v);
+        let attended = sample_attention_with_plan(q, keys, values, &self.options);
+        let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));
+        if let (Some(summaries), Some(plan)) = (&mut self.summaries, attended.plan) {
+            summaries.push((start, length, plan.summary()));
+        }
+        attended.output
     }
-}
-
-fn write<B: Backend>(
-    held: &mut Option<Tensor<B, 4>>,
-    new: Tensor<B, 4>,
-    start: usize,
-    end: usize,
-) -> Tensor<B, 4> {
-    let all = held.take().expect("put back at the end of every write");
-    let all = all.slice_assign(s![.., .., start..end, ..], new);
-    let view = all.clone().slice(s![.., .., 0..end, ..]);
-    *held = Some(all);
-    view
 }

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 use sample_attention::AttentionBackend;
 use thiserror::Error;
 
-use crate::cache::KvCache;
+use crate::cache::{AttentionConfig, KvCache, LayerReport};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
 
@@ -53,6 +53,13 @@ pub trait Engine {
 
     /// Positions that the cache holds at most.
     fn capacity(&self) -> usize;
+
+    /// What each layer's plans kept since the last call; empty where [`AttentionConfig::report`] is off.
+    ///
+    /// # Errors
+    ///
+    /// A failing device.
+    fn take_reports(&mut self) -> Result<Vec<LayerReport>, GenerateError>;
 }
 
 /// Limits of a [`Generator`].
@@ -64,6 +71,8 @@ pub struct GeneratorConfig {
     pub chunk: usize,
     /// Type of the cache, the type the weights were loaded in.
     pub dtype: DType,
+    /// Attention of the prefill.
+    pub attention: AttentionConfig,
 }
 
 impl GeneratorConfig {
@@ -75,7 +84,7 @@ impl GeneratorConfig {
         device: &B::Device,
     ) -> Generator<B> {
         Generator {
-            cache: config.cache(1, self.capacity).init(self.dtype, device),
+            cache: config.cache(1, self.capacity).init(&self.attention, self.dtype, device),
             model,
             history: Vec::new(),
             chunk: self.chunk.max(1),
@@ -155,6 +164,10 @@ impl<B: AttentionBackend> Engine for Generator<B> {
 
     fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    fn take_reports(&mut self) -> Result<Vec<LayerReport>, GenerateError> {
+        self.cache.take_reports().map_err(|error| GenerateError::Device(error.to_string()))
     }
 }
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{print, print_json, read_file, read_stdin};
 use crate::args::GenerateArgs;
 use crate::error::Error;
-use crate::report::Stats;
+use crate::report::{LayerLine, Stats};
 use crate::session::{Limits, Session, catch_interrupts, interrupted, open, sampler};
 
 #[derive(Serialize)]
@@ -15,6 +15,8 @@ struct Output<'a> {
     ids: &'a [u32],
     #[serde(flatten)]
     stats: &'a Stats,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    layers: &'a [LayerLine],
 }
 
 pub fn run(args: GenerateArgs) -> Result<ExitCode, Error> {
@@ -52,10 +54,18 @@ pub fn run(args: GenerateArgs) -> Result<ExitCode, Error> {
     let mut show = |piece: &str| if args.json { Ok(()) } else { print(piece) };
     let answer = session.answer(&ids, &tokenizer, &mut sampler, &limits, &mut show)?;
     if args.json {
-        print_json(&Output { text: &answer.text, ids: &answer.generation.ids, stats: &answer.stats })?;
+        print_json(&Output {
+            text: &answer.text,
+            ids: &answer.generation.ids,
+            stats: &answer.stats,
+            layers: &answer.layers,
+        })?;
     } else {
         print("\n")?;
         eprintln!("{}", answer.stats.line());
+        if !answer.layers.is_empty() {
+            eprint!("{}", LayerLine::table(&answer.layers));
+        }
     }
     Ok(ExitCode::from(if interrupted() { 130 } else { 0 }))
 }

@@ -53,7 +53,8 @@ fn parse_ids(argument: &str) -> Result<Vec<u32>, Error> {
 /// The head of a safetensors file with one tensor: the rows follow as they are computed.
 fn header(rows: usize, vocab: usize) -> Vec<u8> {
     let bytes = rows * vocab * size_of::<f32>();
-    let mut json = format!(r#"{{"logits":{{"dtype":"F32","shape":[{rows},{vocab}],"data_offsets":[0,{bytes}]}}}}"#);
+    let mut json =
+        format!(r#"{{"logits":{{"dtype":"F32","shape":[{rows},{vocab}],"data_offsets":[0,{bytes}]}}}}"#);
     while json.len() % 8 != 0 {
         json.push(' ');
     }

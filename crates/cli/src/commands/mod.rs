@@ -4,6 +4,9 @@ pub mod chat;
 pub mod generate;
 pub mod info;
 pub mod logits;
+pub mod op;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub mod selftest;
 pub mod tokenize;
 
 use std::io::Read;

@@ -2,8 +2,7 @@
 
 mod linear;
 mod norm;
-mod rotary;
 
 pub use linear::{Linear, LinearConfig};
 pub use norm::{RmsNorm, RmsNormConfig};
-pub use rotary::{Rotary, RotaryConfig, RotaryPairs};
+pub use sample_attention::rotary::{Rotary, RotaryConfig, RotaryPairs};

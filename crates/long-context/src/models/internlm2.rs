@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
-use sample_attention::{AttentionBackend, dense_attention};
+use sample_attention::AttentionBackend;
 
 use super::{Span, TensorSpec, embed};
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
@@ -232,8 +232,7 @@ impl<B: AttentionBackend> Attention<B> {
         let q = rotary.forward(part(0, self.group)).swap_dims(1, 2);
         let k = rotary.forward(part(self.group, 1)).swap_dims(1, 2);
         let v = part(self.group + 1, 1).swap_dims(1, 2);
-        let (k, v) = cache.append(k, v);
-        let y = dense_attention(q, k, v);
+        let y = cache.attend(q, k, v);
         self.output.forward(y.swap_dims(1, 2).reshape([batch, length, hidden]))
     }
 }

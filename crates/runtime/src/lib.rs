@@ -1,4 +1,9 @@
-//! Which device runs the model. The one place that names backend types; behind it all is [`Engine`].
+//! Finds a device and puts a model on it. The one place that names backend types: behind it are a boxed
+//! [`Engine`] and plain numbers, so that whatever uses it builds fast.
+
+mod op;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod selftest;
 
 use burn::tensor::{DType, backend::Backend};
 use long_context::generate::{Engine, GeneratorConfig};
@@ -7,11 +12,74 @@ use long_context_weights::{Checkpoint, Progress};
 
 use sample_attention::AttentionBackend;
 
-use crate::args::{BackendChoice, DtypeChoice};
-use crate::error::Error;
+use thiserror::Error;
+
+pub use op::{OpInputs, OpOutputs};
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub use selftest::Row;
+
+/// Which backend to look for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// CUDA, then a GPU adapter, then the CPU.
+    Auto,
+    /// NVIDIA, through CUDA.
+    Cuda,
+    /// Any Vulkan adapter, kernels compiled to SPIR-V.
+    Vulkan,
+    /// Any WebGPU adapter, kernels compiled to WGSL.
+    Wgpu,
+    /// The processor.
+    Cpu,
+}
+
+/// What keeps a device from being used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A backend that this build or this machine does not have.
+    #[error("--backend {name}: {}", if *built { missing } else { "not in this build (see the features of its Cargo.toml)" })]
+    NoBackend {
+        /// The backend.
+        name: &'static str,
+        /// Whether this build has it.
+        built: bool,
+        /// What is missing on this machine.
+        missing: &'static str,
+    },
+    /// No backend at all.
+    #[error("--backend auto: found no device; this build has no CPU backend")]
+    NoDevice,
+    /// A type that the device does not compute in.
+    #[error("--dtype {dtype}: not supported by {backend} on {device}")]
+    NoDtype {
+        /// The type.
+        dtype: &'static str,
+        /// The backend.
+        backend: &'static str,
+        /// The device's name.
+        device: String,
+    },
+    /// Input of the operator that does not fit.
+    #[error("{0}")]
+    Input(sample_attention::Error),
+    /// A golden case that cannot be used.
+    #[error("{0}")]
+    Case(sample_attention_kernels::Error),
+    /// A device that runs no kernels.
+    #[error("--backend cpu: found no kernels to test, expected cuda, vulkan or wgpu")]
+    NoKernels,
+    /// A device that fails.
+    #[error("device: {0}")]
+    Failed(String),
+    /// A checkpoint that cannot be loaded.
+    #[error(transparent)]
+    Checkpoint(#[from] long_context_weights::Error),
+}
 
 /// A model on its device.
 pub struct Loaded {
+    /// The model at work.
     pub engine: Box<dyn Engine>,
     /// Bytes that the device's allocator holds; `None` on the CPU, where they are host memory.
     pub device_bytes: Box<dyn Fn() -> Option<u64>>,
@@ -25,6 +93,7 @@ pub struct Device {
     pub backend: &'static str,
     /// The device's own name.
     pub name: String,
+    /// The type to compute in.
     pub dtype: DType,
 }
 
@@ -39,12 +108,12 @@ enum Kind {
 }
 
 impl Device {
-    /// Finds the device for a choice.
+    /// Finds the device for a choice; without a type, the one that suits the device.
     ///
     /// # Errors
     ///
     /// A backend that this build or this machine does not have, or a type that the device does not.
-    pub fn find(choice: BackendChoice, dtype: DtypeChoice) -> Result<Self, Error> {
+    pub fn find(choice: BackendChoice, dtype: Option<DType>) -> Result<Self, Error> {
         let (kind, backend, name) = match choice {
             BackendChoice::Auto => cuda().or_else(|| adapter(true)).or_else(cpu).ok_or(Error::NoDevice),
             BackendChoice::Cuda => cuda().ok_or(Error::NoBackend {
@@ -64,9 +133,11 @@ impl Device {
                 built: cfg!(all(feature = "wgpu", not(feature = "vulkan"))),
                 missing: "no WebGPU adapter",
             }),
-            BackendChoice::Cpu => {
-                cpu().ok_or(Error::NoBackend { name: "cpu", built: cfg!(feature = "flex"), missing: "no CPU" })
-            }
+            BackendChoice::Cpu => cpu().ok_or(Error::NoBackend {
+                name: "cpu",
+                built: cfg!(feature = "flex"),
+                missing: "no CPU",
+            }),
         }?;
         let dtype = choose_dtype(&kind, &name, backend, dtype)?;
         Ok(Self { kind, backend, name, dtype })
@@ -87,7 +158,13 @@ impl Device {
         match &self.kind {
             #[cfg(feature = "cuda")]
             Kind::Cuda => Ok(Loaded {
-                engine: load::<burn::backend::Cuda>(&Default::default(), checkpoint, config, limits, progress)?,
+                engine: load::<burn::backend::Cuda>(
+                    &Default::default(),
+                    checkpoint,
+                    config,
+                    limits,
+                    progress,
+                )?,
                 device_bytes: Box::new(|| reserved::<cubecl::cuda::CudaRuntime>(&Default::default())),
             }),
             #[cfg(feature = "wgpu")]
@@ -100,7 +177,13 @@ impl Device {
             }),
             #[cfg(feature = "flex")]
             Kind::Cpu => Ok(Loaded {
-                engine: load::<burn::backend::Flex>(&Default::default(), checkpoint, config, limits, progress)?,
+                engine: load::<burn::backend::Flex>(
+                    &Default::default(),
+                    checkpoint,
+                    config,
+                    limits,
+                    progress,
+                )?,
                 device_bytes: Box::new(|| None),
             }),
         }
@@ -134,7 +217,8 @@ fn cuda() -> Option<Found> {
     std::panic::set_hook(Box::new(|_| ()));
     let name = std::panic::catch_unwind(|| {
         let count = CudaContext::device_count().unwrap_or(0);
-        (count > 0).then(|| device::get(0).and_then(device::get_name).unwrap_or_else(|_| "CUDA device".to_string()))
+        (count > 0)
+            .then(|| device::get(0).and_then(device::get_name).unwrap_or_else(|_| "CUDA device".to_string()))
     });
     std::panic::set_hook(hook);
     Some((Kind::Cuda, "cuda", name.ok().flatten()?))
@@ -188,7 +272,12 @@ fn cpu() -> Option<Found> {
     None
 }
 
-fn choose_dtype(kind: &Kind, name: &str, backend: &'static str, choice: DtypeChoice) -> Result<DType, Error> {
+fn choose_dtype(
+    kind: &Kind,
+    name: &str,
+    backend: &'static str,
+    choice: Option<DType>,
+) -> Result<DType, Error> {
     let supports = |dtype| match kind {
         #[cfg(feature = "cuda")]
         Kind::Cuda => burn::backend::Cuda::<f32, i32>::supports_dtype(&Default::default(), dtype),
@@ -207,13 +296,9 @@ fn choose_dtype(kind: &Kind, name: &str, backend: &'static str, choice: DtypeCho
         _ => false,
     };
     let dtype = match choice {
-        DtypeChoice::F32 => DType::F32,
-        DtypeChoice::F16 => DType::F16,
-        DtypeChoice::Bf16 => DType::BF16,
-        DtypeChoice::Auto if on_processor => DType::F32,
-        DtypeChoice::Auto => {
-            [DType::BF16, DType::F16].into_iter().find(|&dtype| supports(dtype)).unwrap_or(DType::F32)
-        }
+        Some(dtype) => dtype,
+        None if on_processor => DType::F32,
+        None => [DType::BF16, DType::F16].into_iter().find(|&dtype| supports(dtype)).unwrap_or(DType::F32),
     };
     if supports(dtype) {
         Ok(dtype)

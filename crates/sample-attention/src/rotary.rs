@@ -1,7 +1,10 @@
+//! Rotary position embeddings.
+
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+use serde::{Deserialize, Serialize};
 
 /// Which features of a head turn together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RotaryPairs {
     /// `(2i, 2i + 1)`: ChatGLM.
     Interleaved,
@@ -10,7 +13,7 @@ pub enum RotaryPairs {
 }
 
 /// A rotary position embedding (arXiv 2104.09864) over the first `width` features of each head.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RotaryConfig {
     /// Features that turn, even; the rest of the head passes through.
     pub width: usize,

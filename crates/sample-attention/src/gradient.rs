@@ -1,0 +1,156 @@
+//! The backward pass of attention over the keys that a plan keeps, the plan held fixed.
+//!
+//! Tiles of weights are recomputed from the log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithm 2), so
+//! that memory grows with the length and not with its square.
+
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData, backend::Backend};
+
+/// Query rows and keys of one tile.
+const TILE: usize = 512;
+
+/// Which pairs a plan keeps, as masks.
+#[derive(Debug, Clone)]
+pub(crate) struct Kept<B: Backend> {
+    /// `[heads of all sequences, blocks]`: 1 for each kept block distance.
+    bands: Tensor<B, 2>,
+    /// `[heads of all sequences, Sk]`: 1 for each kept column.
+    stripes: Tensor<B, 2>,
+    /// First position that attends to everything.
+    tail_start: usize,
+    block_size: usize,
+}
+
+impl<B: Backend> Kept<B> {
+    /// From the tensors of a [`Sparse`](crate::Sparse).
+    pub fn new(
+        table: Tensor<B, 2, Int>,
+        stripes: Tensor<B, 2, Int>,
+        keys: usize,
+        tail_start: usize,
+        block_size: usize,
+    ) -> Self {
+        let [heads, width] = table.dims();
+        let blocks = (width - 2) / 2;
+        let dense = table.clone().narrow(1, 0, 1).float().cast(DType::F32);
+        // How many of the distances up to each are kept: where the count grows, one is.
+        let count = table.narrow(1, 2, blocks).float().cast(DType::F32);
+        let before = Tensor::cat(vec![count.clone().narrow(1, 0, 1).zeros_like(), count.clone()], 1);
+        let bands = (count - before.narrow(1, 0, blocks)).max_pair(dense.expand([heads, blocks]));
+        // What pads the lists goes to a column behind the last.
+        let missing = stripes.clone().lower_elem(0);
+        let columns = stripes.mask_fill(missing, keys as i32);
+        let ones = columns.ones_like().float().cast(DType::F32);
+        let stripes = Tensor::zeros([heads, keys + 1], (&bands.device(), DType::F32)).scatter(
+            1,
+            columns,
+            ones,
+            burn::tensor::IndexingUpdateOp::Add,
+        );
+        Self { bands, stripes: stripes.narrow(1, 0, keys), tail_start, block_size }
+    }
+
+    /// Whether rows from position `first` on leave keys from `key` on out, `[heads, rows, keys]`.
+    fn hidden(&self, first: usize, rows: usize, key: usize, keys: usize) -> Tensor<B, 3, Bool> {
+        let heads = self.bands.dims()[0];
+        let device = self.bands.device();
+        let block = |position: usize| position / self.block_size;
+        let distances = (first..first + rows)
+            .flat_map(|row| (key..key + keys).map(move |key| block(row).saturating_sub(block(key)) as i32));
+        let distances = TensorData::new(distances.collect::<Vec<_>>(), [rows * keys]);
+        let bands = self.bands.clone().select(1, Tensor::from_data(distances, &device));
+        let tail = (first..first + rows).map(|row| f32::from(row >= self.tail_start));
+        let tail = Tensor::<B, 1>::from_data(TensorData::new(tail.collect::<Vec<_>>(), [rows]), &device);
+        let stripes = self.stripes.clone().narrow(1, key, keys).reshape([heads, 1, keys]);
+        let shape = [heads, rows, keys];
+        let kept = bands.reshape(shape)
+            + stripes.expand(shape)
+            + tail.cast(DType::F32).reshape([1, rows, 1]).expand(shape);
+        kept.lower_elem(0.5)
+    }
+}
+
+/// Pairs that a tile leaves out, by cause and by plan, `[heads of all sequences, rows, keys]`.
+pub(crate) fn hidden<B: Backend>(
+    kept: Option<&Kept<B>>,
+    heads: usize,
+    (first, rows): (usize, usize),
+    (key, keys): (usize, usize),
+    device: &B::Device,
+) -> Tensor<B, 3, Bool> {
+    let shape = [heads, rows, keys];
+    let future = Tensor::<B, 2, Bool>::tril_mask([rows, keys], first as i64 - key as i64, device);
+    let future = future.reshape([1, rows, keys]).expand(shape);
+    match kept {
+        None => future,
+        Some(kept) => future.bool_or(kept.hidden(first, rows, key, keys)),
+    }
+}
+
+/// What the backward pass needs of the forward pass.
+#[derive(Debug, Clone)]
+pub(crate) struct Forward<B: Backend> {
+    pub q: Tensor<B, 4>,
+    pub k: Tensor<B, 4>,
+    pub v: Tensor<B, 4>,
+    pub output: Tensor<B, 4>,
+    /// `[batch, heads, Sq]`
+    pub lse: Tensor<B, 3>,
+    pub kept: Option<Kept<B>>,
+    pub scale: f64,
+}
+
+impl<B: Backend> Forward<B> {
+    /// Gradients of q, k and v from that of the output, in their shapes and types.
+    pub fn backward(self, gradient: Tensor<B, 4>) -> [Tensor<B, 4>; 3] {
+        let Self { q, k, v, output, lse, kept, scale } = self;
+        let (dtype, device) = (q.dtype(), q.device());
+        let [q, k, v, output, gradient] = [q, k, v, output, gradient].map(|tensor| tensor.cast(DType::F32));
+        let [batch, heads, rows, head_dim] = q.dims();
+        let [_, kv_heads, keys, _] = k.dims();
+        let (group, offset) = (heads / kv_heads, keys - rows);
+        let inner = (output * gradient.clone()).sum_dim(3);
+        let lse = lse.reshape([batch, heads, rows, 1]);
+        // The rows of the query heads that share a key/value head are one matrix.
+        let tile_rows = |tensor: &Tensor<B, 4>, first: usize, length: usize| {
+            let width = tensor.dims()[3];
+            tensor.clone().narrow(2, first, length).reshape([batch, kv_heads, group * length, width])
+        };
+
+        let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
+        let mut q_gradients: Vec<Option<Tensor<B, 4>>> = vec![None; starts.len()];
+        let (mut k_gradients, mut v_gradients) = (Vec::new(), Vec::new());
+        for key in (0..keys).step_by(TILE) {
+            let width = TILE.min(keys - key);
+            let (k, v) = (k.clone().narrow(2, key, width), v.clone().narrow(2, key, width));
+            let (mut k_gradient, mut v_gradient) = (k.zeros_like(), v.zeros_like());
+            for (index, &first) in starts.iter().enumerate() {
+                let length = TILE.min(rows - first);
+                if offset + first + length <= key {
+                    continue;
+                }
+                let shape = [batch, kv_heads, group * length, width];
+                let q = tile_rows(&q, first, length);
+                let gradient = tile_rows(&gradient, first, length);
+                let hidden =
+                    hidden(kept.as_ref(), batch * heads, (offset + first, length), (key, width), &device);
+                let scores = q.clone().matmul(k.clone().swap_dims(2, 3)).mul_scalar(scale);
+                let weights =
+                    (scores - tile_rows(&lse, first, length)).exp().mask_fill(hidden.reshape(shape), 0.0);
+                v_gradient = v_gradient + weights.clone().swap_dims(2, 3).matmul(gradient.clone());
+                let slope = gradient.matmul(v.clone().swap_dims(2, 3)) - tile_rows(&inner, first, length);
+                let slope = (weights * slope).mul_scalar(scale);
+                k_gradient = k_gradient + slope.clone().swap_dims(2, 3).matmul(q);
+                let q_gradient = slope.matmul(k.clone()).reshape([batch, heads, length, head_dim]);
+                q_gradients[index] = Some(match q_gradients[index].take() {
+                    Some(sum) => sum + q_gradient,
+                    None => q_gradient,
+                });
+            }
+            k_gradients.push(k_gradient);
+            v_gradients.push(v_gradient);
+        }
+        // Every row sees its own key, so every tile of rows has a gradient.
+        let q_gradients = q_gradients.into_iter().flatten().collect();
+        [q_gradients, k_gradients, v_gradients].map(|tiles| Tensor::cat(tiles, 2).cast(dtype))
+    }
+}

@@ -1,0 +1,68 @@
+use std::fmt;
+use std::str::FromStr;
+
+use sample_attention_kernels::SampleAttentionOptions;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// Options by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// Every key, whatever the length.
+    Dense,
+    /// 0.95 of the sampled mass, stripes counted outside a window of 8%.
+    #[default]
+    Default,
+    /// The paper's setting: 0.95, a column's score is all of its sampled mass.
+    Paper,
+    /// The paper's second setting: 0.80.
+    Fast,
+    /// 0.95, bands and stripes chosen together besides a window of 4%.
+    Joint,
+}
+
+impl Preset {
+    /// All presets.
+    pub const ALL: [Self; 5] = [Self::Dense, Self::Default, Self::Paper, Self::Fast, Self::Joint];
+
+    /// What it stands for.
+    pub fn options(self) -> SampleAttentionOptions {
+        match self {
+            Self::Dense => SampleAttentionOptions { dense_below: usize::MAX, ..Default::default() },
+            Self::Default => SampleAttentionOptions::default(),
+            Self::Paper => SampleAttentionOptions::paper(),
+            Self::Fast => SampleAttentionOptions::fast(),
+            Self::Joint => SampleAttentionOptions::joint(),
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dense => "dense",
+            Self::Default => "default",
+            Self::Paper => "paper",
+            Self::Fast => "fast",
+            Self::Joint => "joint",
+        }
+    }
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(self.name())
+    }
+}
+
+impl FromStr for Preset {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        Self::ALL
+            .into_iter()
+            .find(|preset| preset.name() == name)
+            .ok_or_else(|| Error::Preset(name.to_string()))
+    }
+}

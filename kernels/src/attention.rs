@@ -1,0 +1,292 @@
+//! The calls: check, then launch the stages one after the other.
+
+use cubecl::{prelude::*, server::Handle};
+
+use crate::{
+    Error, Plan, Rule, SampleAttentionOptions, TensorView, TileProduct,
+    call::Call,
+    decode::{MAX_DECODE_QUERIES, split_keys},
+    filter::window_filter,
+    flash::flash,
+    ladder::{joint_filter, ladder},
+    sample::{Levels, Sampled, column_scores, row_lse},
+    tensor::{array, grid},
+};
+
+/// What an attention call leaves on the device besides the output.
+#[derive(Debug)]
+pub struct Attention {
+    /// `f32 [batch, q_heads, q_len]`: log-sum-exp (natural logarithm) of each row's scaled scores
+    /// over the keys it kept, for merging with attention over other keys.
+    pub lse: Handle,
+    /// The plan; `None` where every head is dense from the start.
+    pub plan: Option<Plan>,
+    /// Kept mass of the sampled rows; `None` without a plan.
+    pub report: Option<Report>,
+}
+
+/// How much of the sampled rows' probability mass the plan kept.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// `f32 [heads, 2]`: mean and minimum over the sampled rows (the paper's CRA is the minimum).
+    pub recall: Handle,
+}
+
+/// A stage of [`sample_attention`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Log-sum-exps of the sampled rows.
+    Rows,
+    /// Sampled mass per band and the ladder over it; rule [`Joint`](Rule::Joint) only.
+    Bands,
+    /// Sampled mass per column.
+    Columns,
+    /// Choice of bands and stripes.
+    Filter,
+    /// Attention over the plan's keys.
+    Attention,
+}
+
+/// SampleAttention: attention of `q` over the keys that the sampled rows ask for.
+///
+/// # Shapes
+/// * `q`, `out`: `[batch, q_heads, q_len, head_dim]`
+/// * `k`, `v`: `[batch, kv_heads, kv_len, head_dim]`, `kv_len >= q_len`; query row `i` stands at
+///   position `kv_len - q_len + i` and sees the keys up to there.
+///
+/// Strides are free but for the last one, which is 1. Every element of `out` is written; `out` must
+/// not overlap the inputs.
+///
+/// Nothing is refused for the values it holds. A row with a score that is NaN or positive infinity
+/// comes out as NaN, a score of negative infinity weighs nothing, and a value that is not finite may
+/// also reach rows of its own block before it. A head with a sampled row that has no finite
+/// log-sum-exp is computed densely.
+///
+/// # Errors
+/// An option out of range, shapes, strides, types or memory that do not fit, or a device that does
+/// not know the type. Nothing has been launched then.
+pub fn sample_attention<R: Runtime>(
+    client: &ComputeClient<R>,
+    q: &TensorView<R>,
+    k: &TensorView<R>,
+    v: &TensorView<R>,
+    out: &TensorView<R>,
+    options: &SampleAttentionOptions,
+) -> Result<Attention, Error> {
+    sample_attention_by_stage(client, [q, k, v, out], options, |_| {})
+}
+
+/// [`sample_attention`] of `[q, k, v, out]` that calls back after the launches of each stage, for
+/// measurements: the stages do not wait for the device, so whoever calls has to.
+///
+/// # Errors
+/// As [`sample_attention`].
+pub fn sample_attention_by_stage<R: Runtime>(
+    client: &ComputeClient<R>,
+    tensors: [&TensorView<R>; 4],
+    options: &SampleAttentionOptions,
+    mut after: impl FnMut(Stage),
+) -> Result<Attention, Error> {
+    let call = Call::new(client, tensors, options)?;
+    let lse = call.words(call.heads() * call.shape.q_len);
+    if call.rows.is_empty() {
+        flash(&call, None, &lse);
+        after(Stage::Attention);
+        return Ok(Attention { lse, plan: None, report: None });
+    }
+    let (plan, sampled) = choose_plan(&call, &mut after);
+    flash(&call, Some(&plan), &lse);
+    after(Stage::Attention);
+    let report = report(&call, &sampled, &lse);
+    Ok(Attention { lse, plan: Some(plan), report: Some(report) })
+}
+
+/// The first stages of [`sample_attention`] alone; `None` where every head is dense from the
+/// start.
+///
+/// # Shapes
+/// As [`sample_attention`].
+///
+/// # Errors
+/// As [`sample_attention`].
+pub fn sample_plan<R: Runtime>(
+    client: &ComputeClient<R>,
+    q: &TensorView<R>,
+    k: &TensorView<R>,
+    options: &SampleAttentionOptions,
+) -> Result<Option<Plan>, Error> {
+    // Values and output play no part; their shapes are those of keys and queries.
+    let call = Call::new(client, [q, k, k, q], options)?;
+    if call.rows.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(choose_plan(&call, &mut |_| {}).0))
+}
+
+/// The last stage of [`sample_attention`] alone, with a plan of [`sample_plan`] for the same shapes
+/// and options. Returns the log-sum-exp.
+///
+/// # Shapes
+/// As [`sample_attention`].
+///
+/// # Errors
+/// As [`sample_attention`], and a plan for other sizes.
+pub fn planned_attention<R: Runtime>(
+    client: &ComputeClient<R>,
+    q: &TensorView<R>,
+    k: &TensorView<R>,
+    v: &TensorView<R>,
+    out: &TensorView<R>,
+    plan: &Plan,
+    options: &SampleAttentionOptions,
+) -> Result<Handle, Error> {
+    let call = Call::new(client, [q, k, v, out], options)?;
+    plan.check(&call.shape, options)?;
+    let lse = call.words(call.heads() * call.shape.q_len);
+    flash(&call, Some(plan), &lse);
+    Ok(lse)
+}
+
+/// Causal attention over all keys, with the shapes and guarantees of [`sample_attention`]. Returns
+/// the log-sum-exp, `f32 [batch, q_heads, q_len]`.
+///
+/// # Shapes
+/// As [`sample_attention`].
+///
+/// # Errors
+/// As [`sample_attention`].
+pub fn dense_attention<R: Runtime>(
+    client: &ComputeClient<R>,
+    q: &TensorView<R>,
+    k: &TensorView<R>,
+    v: &TensorView<R>,
+    out: &TensorView<R>,
+    scale: Option<f64>,
+    product: TileProduct,
+) -> Result<Handle, Error> {
+    let options = SampleAttentionOptions { scale, product, ..SampleAttentionOptions::default() };
+    let call = Call::new(client, [q, k, v, out], &options)?;
+    let lse = call.words(call.heads() * call.shape.q_len);
+    flash(&call, None, &lse);
+    Ok(lse)
+}
+
+/// Causal attention of a few new queries over the whole cache, the keys split over the device's
+/// processors and each loaded once for all heads of a group. Returns the log-sum-exp.
+///
+/// [`dense_attention`] takes this way by itself for so few queries; here it is certain.
+///
+/// # Shapes
+/// As [`sample_attention`], with `q_len` of at most [`MAX_DECODE_QUERIES`].
+///
+/// # Errors
+/// As [`sample_attention`], and more queries than that.
+pub fn decode<R: Runtime>(
+    client: &ComputeClient<R>,
+    q: &TensorView<R>,
+    k: &TensorView<R>,
+    v: &TensorView<R>,
+    out: &TensorView<R>,
+    scale: Option<f64>,
+) -> Result<Handle, Error> {
+    let options = SampleAttentionOptions { scale, ..SampleAttentionOptions::default() };
+    let call = Call::new(client, [q, k, v, out], &options)?;
+    if call.shape.q_len > MAX_DECODE_QUERIES {
+        let expected = format!("at most {MAX_DECODE_QUERIES}");
+        return Err(Error::tensor("q", "length", call.shape.q_len, expected));
+    }
+    let lse = call.words(call.heads() * call.shape.q_len);
+    split_keys(&call, &lse);
+    Ok(lse)
+}
+
+/// The products that the device offers for a type, a head and a block size; those of
+/// [`TileProduct::Auto`] are not listed apart.
+pub fn available_products<R: Runtime>(
+    client: &ComputeClient<R>,
+    dtype: StorageType,
+    head_dim: usize,
+    block_size: usize,
+) -> Vec<TileProduct> {
+    let view = TensorView::<R>::empty(client, [1, 1, 1, head_dim], dtype);
+    let offers = |product: &TileProduct| {
+        let options =
+            SampleAttentionOptions { product: *product, block_size, ..SampleAttentionOptions::joint() };
+        Call::new(client, [&view; 4], &options).is_ok()
+    };
+    [TileProduct::Units, TileProduct::Cmma, TileProduct::Mma].into_iter().filter(offers).collect()
+}
+
+/// Sampling and filtering.
+fn choose_plan<R: Runtime>(call: &Call<'_, R>, after: &mut impl FnMut(Stage)) -> (Plan, Sampled) {
+    let plan = Plan::empty(call.client, &call.shape, call.options);
+    let sampled = row_lse(call);
+    after(Stage::Rows);
+    if call.options.rule == Rule::Joint {
+        let ladder = ladder(call, &sampled, &plan);
+        after(Stage::Bands);
+        let scores = column_scores(call, &sampled, plan.columns, &ladder.levels);
+        after(Stage::Columns);
+        joint_filter(call, &plan, &scores, &sampled, &ladder);
+    } else {
+        let window = call.shape.window(call.options);
+        let left_out = |d| call.options.rule == Rule::Residual && d <= window;
+        let levels: Vec<u32> = (0..plan.blocks).map(|d| u32::from(left_out(d))).collect();
+        let levels = Levels {
+            table: call.client.create_from_slice(u32::as_bytes(&levels)),
+            len: plan.blocks,
+            count: 1,
+        };
+        let scores = column_scores(call, &sampled, plan.columns, &levels);
+        after(Stage::Columns);
+        window_filter(call, &plan, &scores);
+    }
+    after(Stage::Filter);
+    (plan, sampled)
+}
+
+/// Compares the sampled rows' normalisers over the kept keys with those over all keys.
+fn report<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, lse: &Handle) -> Report {
+    let recall = call.words(2 * call.heads());
+    // SAFETY: one unit per head, reading sampled rows below q_len.
+    unsafe {
+        recall_kernel::launch_unchecked::<R>(
+            call.client,
+            grid(call.heads().div_ceil(RECALL_UNITS)),
+            CubeDim::new_1d(RECALL_UNITS as u32),
+            array(&sampled.rows, call.samples()),
+            array(&sampled.lse, call.heads() * call.samples()),
+            array(lse, call.heads() * call.shape.q_len),
+            array(&recall, 2 * call.heads()),
+            call.shape.q_len as u32,
+        );
+    }
+    Report { recall }
+}
+
+/// Heads per cube of the recall kernel.
+const RECALL_UNITS: usize = 32;
+
+/// A kept row's mass is the ratio of its two normalisers.
+#[cube(launch_unchecked)]
+fn recall_kernel(
+    rows: &Array<u32>,
+    all_lse: &Array<f32>,
+    kept_lse: &Array<f32>,
+    recall: &mut Array<f32>,
+    q_len: u32,
+) {
+    let head = ABSOLUTE_POS;
+    if head < recall.len() / 2 {
+        let mut sum = 0.0f32;
+        let mut least = 1.0f32;
+        for sample in 0..rows.len() {
+            let row = head * q_len as usize + rows[sample] as usize;
+            let kept = (kept_lse[row] - all_lse[head * rows.len() + sample]).exp();
+            sum += kept;
+            least = min(least, kept);
+        }
+        recall[2 * head] = sum / f32::cast_from(rows.len());
+        recall[2 * head + 1] = least;
+    }
+}

@@ -1,0 +1,175 @@
+//! Sampled mass per band, by square tiles, for rule `joint`; see [`ladder`](crate::ladder).
+
+use cubecl::{prelude::*, server::Handle};
+
+use crate::{
+    call::Call,
+    sample::{Sampled, list_keys, list_sampled_rows},
+    square_tile::{NO_ROW, PART, SquareTile, head_base, new_products, new_stage, score_tile},
+    tensor::{array, grid},
+    walk::Sizes,
+};
+
+/// Mass per band of each row tile, `f32 [heads, row tiles, blocks]`.
+pub(crate) fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, masses: &Handle, len: usize) {
+    let tile = call.square;
+    // SAFETY: rows below q_len, keys below kv_len, distances below `blocks`.
+    unsafe {
+        band_mass_kernel::launch_unchecked::<R>(
+            call.client,
+            grid(call.heads() * call.samples().div_ceil(tile.edge)),
+            tile.cube_dim(),
+            call.inputs.address_type(),
+            call.inputs.vector_width(4),
+            call.inputs.q.arg(),
+            call.inputs.k.arg(),
+            array(&sampled.rows, call.samples()),
+            array(&sampled.lse, call.heads() * call.samples()),
+            array(masses, len),
+            call.sizes(),
+            call.scale,
+            tile,
+            call.block(),
+            call.square_types(),
+        );
+    }
+}
+
+/// A cube owns a tile of rows, as in pass 1; the barriers between key blocks let the cube's units
+/// add to one distance in turn.
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn band_mass_kernel<E: Float, S: Float, N: Size>(
+    q: &Tensor<Vector<E, N>>,
+    k: &Tensor<Vector<E, N>>,
+    rows: &Array<u32>,
+    lse: &Array<f32>,
+    masses: &mut Array<f32>,
+    sizes: Sizes,
+    scale: f32,
+    #[comptime] tile: SquareTile,
+    #[comptime] block: u32,
+    #[define(E, S)] _dtypes: [StorageType; 2],
+) {
+    let edge = comptime!(tile.edge as u32);
+    let side = comptime!(tile.side() as u32);
+    let units = comptime!(tile.units() as u32);
+    let unit_row = UNIT_POS / side;
+    let unit_col = UNIT_POS % side;
+    let heads = q.shape(0) as u32 * sizes.q_heads;
+    let row_tiles = sizes.samples.div_ceil(edge);
+    let item = CUBE_POS_X + CUBE_POS_Y * CUBE_COUNT_X;
+    if item >= heads * row_tiles {
+        terminate!();
+    }
+    let row_tile = row_tiles - 1 - item / heads;
+    let first = row_tile * edge;
+    let head = item % heads;
+    let batch = head / sizes.q_heads;
+    let q_base = head_base::<E, N>(q, batch, head % sizes.q_heads);
+    let k_base = head_base::<E, N>(k, batch, head % sizes.q_heads / sizes.group);
+    let position = sizes.kv_len - sizes.q_len;
+    let mass_base = (head * row_tiles + row_tile) as usize * sizes.blocks as usize;
+
+    let mut q_rows = SharedMemory::<u32>::new(tile.edge);
+    let mut k_rows = SharedMemory::<u32>::new(tile.edge);
+    let mut row_lse = SharedMemory::<f32>::new(tile.edge);
+    let mut row_mass = SharedMemory::<f32>::new(tile.edge);
+    let mut partial = SharedMemory::<f32>::new(comptime!(tile.edge * tile.side()));
+    let mut stage = new_stage::<S, N>(tile);
+    let mut products = new_products(tile, false);
+    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge);
+    if UNIT_POS < edge && first + UNIT_POS < sizes.samples {
+        row_lse[UNIT_POS as usize] = lse[(head * sizes.samples + first + UNIT_POS) as usize];
+    }
+    let mut d = UNIT_POS;
+    while d < sizes.blocks {
+        masses[mass_base + d as usize] = 0.0;
+        d += units;
+    }
+    sync_storage();
+    sync_cube();
+
+    // A unit below `edge` owns a row; the first row of a block sums those that share it.
+    let mut own_block = NO_ROW.runtime();
+    let mut leads = false.runtime();
+    if UNIT_POS < edge {
+        let row = q_rows[UNIT_POS as usize];
+        if row != NO_ROW {
+            own_block = (position + row) / block;
+            leads = true;
+            if UNIT_POS > 0 {
+                let before = q_rows[(UNIT_POS - 1) as usize];
+                leads = (position + before) / block != own_block;
+            }
+        }
+    }
+
+    let mut scores = Array::<f32>::new(PART * PART);
+    let mut sums = Array::<f32>::new(PART);
+    let last_row = rows[((first + edge).min(sizes.samples) - 1) as usize];
+    let per_block = comptime!(block / edge);
+    for key_block in 0..(position + last_row) / block + 1 {
+        #[unroll]
+        for i in 0..PART {
+            sums[i] = 0.0;
+        }
+        for sub in 0..per_block {
+            sync_cube();
+            list_keys(&mut k_rows, key_block * block + sub * edge, sizes.kv_len, edge);
+            score_tile::<E, S, N>(
+                q,
+                q_base,
+                &q_rows,
+                k,
+                k_base,
+                &k_rows,
+                &mut stage,
+                &mut products,
+                &mut scores,
+                tile,
+            );
+            #[unroll]
+            for i in 0..PART {
+                let slot = (unit_row + comptime!(i as u32) * side) as usize;
+                let row = q_rows[slot];
+                #[unroll]
+                for j in 0..PART {
+                    let key = k_rows[(unit_col + comptime!(j as u32) * side) as usize];
+                    if row != NO_ROW && key <= position + row {
+                        sums[i] += (scores[i * PART + j] * scale - row_lse[slot]).exp();
+                    }
+                }
+            }
+        }
+        #[unroll]
+        for i in 0..PART {
+            let slot = unit_row + comptime!(i as u32) * side;
+            partial[(slot * side + unit_col) as usize] = sums[i];
+        }
+        sync_cube();
+        if UNIT_POS < edge {
+            let mut sum = 0.0f32;
+            for j in 0..side {
+                sum += partial[(UNIT_POS * side + j) as usize];
+            }
+            row_mass[UNIT_POS as usize] = sum;
+        }
+        sync_cube();
+        if leads && own_block >= key_block {
+            let mut sum = 0.0f32;
+            let mut slot = UNIT_POS;
+            let mut same = true.runtime();
+            while same {
+                sum += row_mass[slot as usize];
+                slot += 1;
+                same = false;
+                if slot < edge {
+                    let row = q_rows[slot as usize];
+                    same = row != NO_ROW && (position + row) / block == own_block;
+                }
+            }
+            masses[mass_base + (own_block - key_block) as usize] += sum;
+        }
+        sync_storage();
+    }
+}
