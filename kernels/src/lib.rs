@@ -30,21 +30,17 @@ mod attention;
 mod band_mass;
 mod call;
 mod decode;
-mod error;
 mod filter;
 mod flash;
 mod flash_mma;
 mod fragments;
-mod geometry;
 mod ladder;
 mod mma_columns;
 mod mma_rows;
 mod mma_tile;
 mod numbers;
 mod op;
-mod options;
 mod plan;
-pub mod reference;
 mod sample;
 mod select;
 pub mod selftest;
@@ -57,10 +53,10 @@ pub use attention::{
     sample_attention, sample_attention_by_stage, sample_plan,
 };
 pub use decode::MAX_DECODE_QUERIES;
-pub use error::Error;
-pub use geometry::AttentionShape;
 pub use numbers::{from_bytes, to_bytes};
 pub use op::{OpInputs, OpOutputs, run_op};
-pub use options::{Rule, SampleAttentionOptions, TileProduct};
-pub use plan::{HostPlan, Plan};
+pub use plan::Plan;
+pub use sample_attention_plan::{
+    AttentionShape, Error, HostPlan, Rule, SampleAttentionOptions, TileProduct, reference,
+};
 pub use tensor::{TensorView, bf16_type, f32_type, half_type};

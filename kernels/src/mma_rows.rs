@@ -284,8 +284,13 @@ fn add_band_masses(
     #[unroll]
     for step in 0..comptime!(count.div_ceil(units)) {
         let first = UNIT_POS + comptime!(step * units);
-        if first < count && q_rows[first as usize] != NO_ROW {
-            let own_block = (position + q_rows[first as usize]) / config.block;
+        // Both sides of an `&&` are evaluated: a unit without a row must not look it up.
+        let mut row = NO_ROW.runtime();
+        if first < count {
+            row = q_rows[first as usize];
+        }
+        if row != NO_ROW {
+            let own_block = (position + row) / config.block;
             let mut leads = own_block >= key_block;
             if first > 0 {
                 let before = (position + q_rows[(first - 1) as usize]) / config.block;

@@ -64,9 +64,11 @@ pub enum Error {
     #[error("{0}")]
     Input(sample_attention::Error),
     /// A golden case that cannot be used.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("{0}")]
     Case(sample_attention_kernels::Error),
     /// A device that runs no kernels.
+    #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("--backend cpu: found no kernels to test, expected cuda, vulkan or wgpu")]
     NoKernels,
     /// A device that fails.

@@ -8,7 +8,7 @@ use burn_autodiff::checkpoint::base::Checkpointer;
 use burn_autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn_autodiff::grads::Gradients;
 use burn_autodiff::ops::{Backward, Ops, OpsKind};
-use sample_attention_kernels::{AttentionShape, SampleAttentionOptions};
+use sample_attention_plan::{AttentionShape, SampleAttentionOptions};
 
 use crate::backend::{AttentionBackend, Sparse};
 use crate::gradient::{Forward, Kept};

@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 #[cfg(feature = "cube")]
 use burn::tensor::{Tensor, TensorPrimitive};
-use sample_attention_kernels::SampleAttentionOptions;
+use sample_attention_plan::SampleAttentionOptions;
 
 #[cfg(feature = "cube")]
 use crate::plain;

@@ -3,7 +3,7 @@
 use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{Flex, FlexTensor, Layout};
-use sample_attention_kernels::SampleAttentionOptions;
+use sample_attention_plan::SampleAttentionOptions;
 
 use crate::backend::{AttentionBackend, Sparse};
 use crate::cpu::{self, View};

@@ -41,6 +41,8 @@ mod preset;
 mod report;
 pub mod rotary;
 
+use std::fmt::Debug;
+
 use burn::tensor::{Tensor, TensorPrimitive, backend::Backend};
 
 pub use backend::{AttentionBackend, Sparse};
@@ -49,7 +51,7 @@ pub use error::Error;
 pub use module::{SampleAttention, SampleAttentionConfig};
 pub use preset::Preset;
 pub use report::{HeadReport, Plan, Report, Summary};
-pub use sample_attention_kernels::{AttentionShape, Rule, SampleAttentionOptions};
+pub use sample_attention_plan::{AttentionShape, Rule, SampleAttentionOptions};
 
 /// SampleAttention: causal softmax attention over the keys that sampled query rows ask for.
 ///
@@ -150,6 +152,10 @@ pub fn dense_attention<B: AttentionBackend>(
     sample_attention(q, k, v, &Preset::Dense.options())
 }
 
+fn refuse(tensor: &'static str, what: &'static str, found: impl Debug, expected: impl Debug) -> Error {
+    sample_attention_plan::Error::tensor(tensor, what, format!("{found:?}"), format!("{expected:?}")).into()
+}
+
 /// Checks options and tensors against each other.
 ///
 /// # Errors
@@ -167,20 +173,20 @@ pub fn check<B: Backend>(
     let [_, kv_heads, kv_len, _] = k.dims();
     let shape = AttentionShape { batch, q_heads, kv_heads, q_len, kv_len, head_dim };
     if head_dim == 0 {
-        return Err(Error::tensor("q", "head_dim", 0, "at least 1"));
+        return Err(sample_attention_plan::Error::tensor("q", "head_dim", 0, "at least 1").into());
     }
     // The widths that kernels take are no condition: heads of others are attended densely.
     AttentionShape { head_dim: 16, ..shape }.validate()?;
     for (name, tensor) in [("k", k), ("v", v)] {
         let expected = [batch, kv_heads, kv_len, head_dim];
         if tensor.dims() != expected {
-            return Err(Error::tensor(name, "shape", tensor.dims(), expected));
+            return Err(refuse(name, "shape", tensor.dims(), expected));
         }
         if tensor.dtype() != q.dtype() {
-            return Err(Error::tensor(name, "type", tensor.dtype(), q.dtype()));
+            return Err(refuse(name, "type", tensor.dtype(), q.dtype()));
         }
         if tensor.device() != q.device() {
-            return Err(Error::tensor(name, "device", tensor.device(), q.device()));
+            return Err(refuse(name, "device", tensor.device(), q.device()));
         }
     }
     Ok(shape)

@@ -3,7 +3,7 @@
 use burn::backend::NdArray;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorData, TensorPrimitive};
-use sample_attention_kernels::SampleAttentionOptions;
+use sample_attention_plan::SampleAttentionOptions;
 
 use crate::backend::{AttentionBackend, Sparse};
 use crate::cpu::{self, View};

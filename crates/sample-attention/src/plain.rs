@@ -2,7 +2,7 @@
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{Bool, DType, Tensor, TensorData, backend::Backend};
-use sample_attention_kernels::{AttentionShape, SampleAttentionOptions, reference};
+use sample_attention_plan::{AttentionShape, SampleAttentionOptions, reference};
 
 use crate::Error;
 

@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use sample_attention_kernels::SampleAttentionOptions;
+use sample_attention_plan::SampleAttentionOptions;
 use serde::{Deserialize, Serialize};
 
 use crate::Error;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use pulp::Arch;
-use sample_attention_kernels::HostPlan;
+use sample_attention_plan::HostPlan;
 
 use super::math::{online_softmax, product};
 use super::{KEYS, Rows};

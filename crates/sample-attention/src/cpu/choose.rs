@@ -1,6 +1,6 @@
 //! From sampled mass to the plan of one head.
 
-use sample_attention_kernels::{AttentionShape, HostPlan, Rule, SampleAttentionOptions};
+use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptions};
 
 use super::sample::Sampled;
 

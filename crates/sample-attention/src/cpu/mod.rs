@@ -7,7 +7,7 @@ mod math;
 mod sample;
 
 use rayon::prelude::*;
-use sample_attention_kernels::{AttentionShape, HostPlan, SampleAttentionOptions};
+use sample_attention_plan::{AttentionShape, HostPlan, SampleAttentionOptions};
 
 use attend::{Scratch, Tile};
 

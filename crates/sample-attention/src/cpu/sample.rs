@@ -1,7 +1,7 @@
 //! The exact attention of the sampled rows of one head, summed over bands and columns.
 
 use pulp::Arch;
-use sample_attention_kernels::{AttentionShape, Rule, SampleAttentionOptions};
+use sample_attention_plan::{AttentionShape, Rule, SampleAttentionOptions};
 
 use super::math::{exp, online_softmax, product};
 use super::{KEYS, ROWS, Rows};

@@ -44,15 +44,18 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn device(error: impl core::fmt::Debug) -> Self {
+    /// [`Error::Device`] from what a runtime reports.
+    pub fn device(error: impl core::fmt::Debug) -> Self {
         Self::Device(format!("{error:?}"))
     }
 
-    pub(crate) fn option(field: &'static str, found: impl ToString, expected: impl ToString) -> Self {
+    /// [`Error::Option`] from values.
+    pub fn option(field: &'static str, found: impl ToString, expected: impl ToString) -> Self {
         Self::Option { field, found: found.to_string(), expected: expected.to_string() }
     }
 
-    pub(crate) fn tensor(
+    /// [`Error::Tensor`] from values.
+    pub fn tensor(
         tensor: &'static str,
         what: &'static str,
         found: impl ToString,

@@ -114,7 +114,7 @@ impl AttentionShape {
 
     /// Query tiles of a head. Tiles are cut by position, so the first one may begin before the
     /// first row.
-    pub(crate) fn query_tiles(&self, rows: usize) -> usize {
+    pub fn query_tiles(&self, rows: usize) -> usize {
         self.kv_len.div_ceil(rows) - self.offset() / rows
     }
 
