@@ -102,14 +102,14 @@ pub struct Generator<B: Backend> {
     device: B::Device,
 }
 
+/// Takes the model, the hidden states of a chunk and the number of ids done.
+type EachChunk<'a, B> =
+    dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError> + 'a;
+
 impl<B: AttentionBackend> Generator<B> {
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
-    fn run(
-        &mut self,
-        ids: &[u32],
-        each: &mut dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError>,
-    ) -> Result<(), GenerateError> {
+    fn run(&mut self, ids: &[u32], each: &mut EachChunk<'_, B>) -> Result<(), GenerateError> {
         let context = self.cache.len() + ids.len();
         self.model.check(ids, &self.cache)?;
         let mut done = 0;

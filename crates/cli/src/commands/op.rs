@@ -20,7 +20,7 @@ pub fn run(args: OpArgs) -> Result<ExitCode, Error> {
     let found = device.run_op(inputs, &options)?;
 
     let shape = found.shape;
-    let heads = vec![shape.batch, shape.q_heads];
+    let heads = [shape.batch, shape.q_heads];
     let sized = |last: &[usize]| [&heads[..], last].concat();
     let count = shape.heads();
     let floats = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();

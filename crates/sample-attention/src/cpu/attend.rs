@@ -111,7 +111,7 @@ fn kept(
     let Some((plan, _, block_size)) =
         plan.filter(|(plan, tail_start, _)| !plan.dense && first_position < *tail_start)
     else {
-        return (Vec::new(), vec![0..end]);
+        return (Vec::new(), std::iter::once(0..end).collect());
     };
     let block = first_position / block_size;
     let before = plan.stripes.partition_point(|&column| (column as usize) < block * block_size);

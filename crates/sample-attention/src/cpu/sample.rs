@@ -142,7 +142,7 @@ impl Sampled {
             for (at, scores) in scores.chunks(block).enumerate() {
                 let start = first + at * block;
                 let Some(group) = group[positions[row] / block - start / block] else { continue };
-                for (sum, &score) in columns[group][start..].iter_mut().zip(&*scores) {
+                for (sum, &score) in columns[group][start..].iter_mut().zip(scores) {
                     *sum += exp(score - lse[row]);
                 }
             }
