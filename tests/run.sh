@@ -21,3 +21,5 @@ cargo clippy --workspace --all-targets --release -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release --quiet
 ./examples/checkpoint.sh target/checkpoint
 cargo test --workspace --release
+# A build with Vulkan compiles every kernel to SPIR-V; this one compiles them to WGSL.
+cargo test --release -p sample-attention-kernels --features wgpu golden

@@ -29,7 +29,7 @@ pub enum Error {
     },
 }
 
-/// Result with [`Error`].
+/// Result with [`enum@Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
