@@ -1,10 +1,15 @@
 //! The key/value cache, allocated once for the whole conversation, and the attention over it.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::rc::Rc;
 
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use sample_attention::{
-    AttentionBackend, KeyValueCache, Report, SampleAttentionOptions, Summary, sample_attention_with_plan,
+    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary,
+    sample_attention_with_plan,
 };
 
 /// Keys and values of every layer, native heads (never repeated for grouped queries).
@@ -39,6 +44,43 @@ pub struct LayerReport {
     pub report: Report,
 }
 
+/// What one layer attended in one chunk, on the host.
+#[derive(Debug, Clone)]
+pub struct Observation {
+    /// The layer.
+    pub layer: usize,
+    /// Position of the chunk's first token.
+    pub start: usize,
+    /// Queries after the rotary embedding, `[1, heads, chunk, head_dim]`, f32.
+    pub q: TensorData,
+    /// Keys of all positions held, `[1, kv_heads, start + chunk, head_dim]`, f32.
+    pub k: TensorData,
+    /// Values of all positions held, like `k`.
+    pub v: TensorData,
+    /// What each query head kept; `None` where all are dense from the start.
+    pub plans: Option<Vec<HostPlan>>,
+}
+
+/// Sees what layers attend. Reading tensors back takes time: leave it out where time is measured.
+#[derive(Clone)]
+pub struct Observer {
+    layers: RangeInclusive<usize>,
+    each: Rc<RefCell<dyn FnMut(Observation)>>,
+}
+
+impl Observer {
+    /// Hands what the layers named attend in each chunk to `each`, as it happens.
+    pub fn new(layers: RangeInclusive<usize>, each: impl FnMut(Observation) + 'static) -> Self {
+        Self { layers, each: Rc::new(RefCell::new(each)) }
+    }
+}
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Observer").field("layers", &self.layers).finish_non_exhaustive()
+    }
+}
+
 /// Dimensions of a [`KvCache`].
 #[derive(Debug, Clone)]
 pub struct KvCacheConfig {
@@ -64,12 +106,16 @@ impl KvCacheConfig {
     ) -> KvCache<B> {
         let shape = [self.batch, self.num_kv_heads, self.capacity, self.head_dim];
         let layer = |layer| LayerCache {
+            layer,
             held: KeyValueCache::new(shape, dtype, device),
-            options: *attention.layers.get(&layer).unwrap_or(&attention.options),
-            summaries: attention.report.then(Vec::new),
+            options: attention.options,
+            summaries: None,
+            observer: None,
         };
         let layers = (0..self.num_layers).map(layer).collect();
-        KvCache { layers, length: 0, capacity: self.capacity }
+        let mut cache = KvCache { layers, length: 0, capacity: self.capacity };
+        cache.set_attention(attention);
+        cache
     }
 
     /// Bytes that the cache takes at `bytes_per_value`.
@@ -105,6 +151,21 @@ impl<B: Backend> KvCache<B> {
         }
     }
 
+    /// Attends in another way from now on; reports that nobody took are dropped.
+    pub fn set_attention(&mut self, attention: &AttentionConfig) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            layer.options = *attention.layers.get(&index).unwrap_or(&attention.options);
+            layer.summaries = attention.report.then(Vec::new);
+        }
+    }
+
+    /// Lets an observer see what layers attend, or nobody.
+    pub fn observe(&mut self, observer: Option<Observer>) {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            layer.observer = observer.clone().filter(|observer| observer.layers.contains(&index));
+        }
+    }
+
     /// Reads what each layer's plans kept since the last call; empty where [`AttentionConfig::report`] is off.
     ///
     /// # Errors
@@ -135,10 +196,12 @@ impl<B: Backend> KvCache<B> {
 /// Keys and values of one layer, and how it attends to them.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
+    layer: usize,
     held: KeyValueCache<B>,
     options: SampleAttentionOptions,
     /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
     summaries: Option<Vec<(usize, usize, Summary<B>)>>,
+    observer: Option<Observer>,
 }
 
 impl<B: AttentionBackend> LayerCache<B> {
@@ -152,12 +215,21 @@ impl<B: AttentionBackend> LayerCache<B> {
     ///
     /// # Panics
     ///
-    /// Where shapes or types do not fit each other or the cache.
+    /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
     pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
         let (start, length) = (self.held.len(), k.dims()[2]);
         let (keys, values) = self.held.append(k, v);
+        let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);
         let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));
+        if let (Some(observer), Some(inputs)) = (&self.observer, inputs) {
+            let [q, k, v] = inputs.map(|tensor| tensor.cast(DType::F32).into_data());
+            let plans = attended
+                .plan
+                .clone()
+                .map(|plan| plan.read().unwrap_or_else(|error| panic!("attention: {error}")));
+            (observer.each.borrow_mut())(Observation { layer: self.layer, start, q, k, v, plans });
+        }
         if let (Some(summaries), Some(plan)) = (&mut self.summaries, attended.plan) {
             summaries.push((start, length, plan.summary()));
         }

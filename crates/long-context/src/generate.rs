@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 use sample_attention::AttentionBackend;
 use thiserror::Error;
 
-use crate::cache::{AttentionConfig, KvCache, LayerReport};
+use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
 
@@ -53,6 +53,12 @@ pub trait Engine {
 
     /// Positions that the cache holds at most.
     fn capacity(&self) -> usize;
+
+    /// Attends in another way from now on.
+    fn set_attention(&mut self, attention: &AttentionConfig);
+
+    /// Lets an observer see what layers attend from now on, or nobody.
+    fn observe(&mut self, observer: Option<Observer>);
 
     /// What each layer's plans kept since the last call; empty where [`AttentionConfig::report`] is off.
     ///
@@ -164,6 +170,14 @@ impl<B: AttentionBackend> Engine for Generator<B> {
 
     fn capacity(&self) -> usize {
         self.cache.capacity()
+    }
+
+    fn set_attention(&mut self, attention: &AttentionConfig) {
+        self.cache.set_attention(attention);
+    }
+
+    fn observe(&mut self, observer: Option<Observer>) {
+        self.cache.observe(observer);
     }
 
     fn take_reports(&mut self) -> Result<Vec<LayerReport>, GenerateError> {

@@ -1,6 +1,6 @@
 //! The same computation in plain `f64` loops: what the kernels are tested against.
 //!
-//! Tensors are contiguous slices, laid out as in [`sample_attention`](crate::sample_attention).
+//! Tensors are contiguous slices: q `[batch, q_heads, q_len, head_dim]`, k and v `[batch, kv_heads, kv_len, head_dim]`.
 
 use std::{panic::resume_unwind, thread};
 

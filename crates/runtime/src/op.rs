@@ -1,8 +1,8 @@
 //! The operator itself on a device: on tensors from a file, and checked against float64.
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
 use sample_attention::{
-    Attended, AttentionBackend, AttentionShape, SampleAttentionOptions, sample_attention_with_plan,
+    Attended, AttentionBackend, AttentionShape, HostPlan, SampleAttentionOptions, sample_attention_with_plan,
 };
 
 use crate::{Device, Error, Kind};
@@ -69,48 +69,34 @@ fn run<B: AttentionBackend>(
     let shape = sample_attention::check(&q, &k, &v, options).map_err(Error::Input)?;
     let Attended { output, lse, plan } =
         sample_attention_with_plan(q, k, v, options).map_err(Error::Input)?;
-    let (heads, blocks) = (shape.heads(), shape.blocks(options));
-    let mut outputs = OpOutputs {
+    let (recall, plans) = match plan {
+        Some(plan) => {
+            let recall = floats(plan.recall.clone())?.into_iter().step_by(2).collect();
+            (recall, plan.read().map_err(Error::Input)?)
+        }
+        None => {
+            let heads = shape.heads();
+            (vec![1.0; heads], vec![HostPlan::dense(shape.blocks(options)); heads])
+        }
+    };
+    let widest = plans.iter().map(|plan| plan.stripes.len()).max().unwrap_or(0).max(1);
+    let padded = |plan: &HostPlan| {
+        let padding = std::iter::repeat_n(-1, widest - plan.stripes.len());
+        plan.stripes.iter().copied().chain(padding).collect::<Vec<_>>()
+    };
+    Ok(OpOutputs {
         shape,
         out: floats(output)?,
         lse: floats(lse)?,
-        bands: vec![1; heads * blocks],
-        stripes: vec![-1; heads],
-        stripe_count: vec![0; heads],
-        density: vec![1.0; heads],
-        recall: vec![1.0; heads],
-    };
-    if let Some(plan) = plan {
-        outputs.density = floats(plan.density)?;
-        outputs.recall = floats(plan.recall)?.into_iter().step_by(2).collect();
-        let width = plan.stripes.dims()[1];
-        let (table, stripes) = (integers(plan.table)?, integers(plan.stripes)?);
-        let rows = table.chunks_exact(2 + 2 * blocks);
-        outputs.stripe_count = rows.clone().map(|row| row[1]).collect();
-        let kept = |row: &[i32], d: usize| u8::from(d == 0 || row[2 + d] != row[1 + d]);
-        outputs.bands = rows.flat_map(|row| (0..blocks).map(|d| kept(row, d)).collect::<Vec<_>>()).collect();
-        let widest = outputs.stripe_count.iter().copied().max().unwrap_or(0).max(1) as usize;
-        let lists = stripes.chunks_exact(width).zip(&outputs.stripe_count);
-        outputs.stripes = lists
-            .flat_map(|(list, &count)| {
-                let count = count as usize;
-                list[..count]
-                    .iter()
-                    .copied()
-                    .chain(std::iter::repeat_n(-1, widest - count))
-                    .collect::<Vec<_>>()
-            })
-            .collect();
-    }
-    Ok(outputs)
+        bands: plans.iter().flat_map(|plan| plan.bands.iter().map(|&kept| u8::from(kept))).collect(),
+        stripes: plans.iter().flat_map(padded).collect(),
+        stripe_count: plans.iter().map(|plan| plan.stripes.len() as i32).collect(),
+        density: plans.iter().map(|plan| plan.density).collect(),
+        recall,
+    })
 }
 
 fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| Error::Failed(error.to_string()))?;
     Ok(data.iter::<f32>().collect())
-}
-
-fn integers<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D, Int>) -> Result<Vec<i32>, Error> {
-    let data = tensor.try_into_data().map_err(|error| Error::Failed(error.to_string()))?;
-    Ok(data.iter::<i32>().collect())
 }

@@ -51,7 +51,7 @@ pub use error::Error;
 pub use module::{SampleAttention, SampleAttentionConfig};
 pub use preset::Preset;
 pub use report::{HeadReport, Plan, Report, Summary};
-pub use sample_attention_plan::{AttentionShape, Rule, SampleAttentionOptions};
+pub use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptions};
 
 /// SampleAttention: causal softmax attention over the keys that sampled query rows ask for.
 ///

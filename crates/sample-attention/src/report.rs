@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{Backend, ExecutionError};
 use burn::tensor::{DType, Int, Tensor};
+use sample_attention_plan::HostPlan;
 use serde::{Deserialize, Serialize};
 
 use crate::{AttentionBackend, Error};
@@ -39,6 +40,30 @@ impl<B: AttentionBackend> Plan<B> {
     /// A device that fails.
     pub fn report(self) -> Result<Report, Error> {
         self.summary().report()
+    }
+
+    /// Reads bands and stripes of every head from the device.
+    ///
+    /// # Errors
+    ///
+    /// A device that fails.
+    pub fn read(self) -> Result<Vec<HostPlan>, Error> {
+        let failed = |error: ExecutionError| Error::Device(error.to_string());
+        let [blocks, columns] = [(self.table.dims()[1] - 2) / 2, self.stripes.dims()[1]];
+        let density: Vec<f32> = self.density.try_into_data().map_err(failed)?.iter().collect();
+        let table: Vec<i32> = self.table.try_into_data().map_err(failed)?.iter().collect();
+        let stripes: Vec<i32> = self.stripes.try_into_data().map_err(failed)?.iter().collect();
+        let rows = table.chunks_exact(2 + 2 * blocks).zip(stripes.chunks_exact(columns));
+        let plans = rows.zip(density).map(|((row, stripes), density)| {
+            let kept_up_to = &row[2..2 + blocks];
+            HostPlan {
+                dense: row[0] != 0,
+                bands: (0..blocks).map(|d| d == 0 || kept_up_to[d] != kept_up_to[d - 1]).collect(),
+                stripes: stripes[..row[1] as usize].to_vec(),
+                density,
+            }
+        });
+        Ok(plans.collect())
     }
 }
 
