@@ -35,6 +35,7 @@ mod flash;
 mod flash_mma;
 mod fragments;
 mod ladder;
+pub mod layers;
 mod mma_columns;
 mod mma_rows;
 mod mma_tile;
