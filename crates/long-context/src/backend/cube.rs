@@ -10,8 +10,8 @@ use burn_std::Metadata;
 use sample_attention::cube::view;
 use sample_attention::fusion::{Fusing, register};
 use sample_attention::rotary::{Rotary, RotaryPairs};
+use sample_attention_kernels::Error;
 use sample_attention_kernels::layers::{self, Linear, MAX_LINEAR_ROWS, RmsNorm, RowsView};
-use sample_attention_kernels::{Error, TensorView};
 
 use super::{Heads, LayerBackend, Packing, Rotated, float, plain, tensor};
 
@@ -22,14 +22,14 @@ where
     I: IntElement,
     BT: BoolElement,
 {
-    fn linear(
+    fn project(
         x: CubeTensor<R>,
         weight: CubeTensor<R>,
         bias: Option<CubeTensor<R>>,
         residual: Option<CubeTensor<R>>,
     ) -> CubeTensor<R> {
         if !is_narrow(&x.shape()) {
-            return plain::linear::<Self>(x, weight, bias, residual);
+            return plain::project::<Self>(x, weight, bias, residual);
         }
         let launched = launch(&x, weight.meta.shape()[0], |x_rows, y| {
             let (bias, residual) = (bias.as_ref().map(rows), residual.as_ref().map(rows));
@@ -42,19 +42,19 @@ where
             };
             layers::linear(&x.client, &call)
         });
-        launched.unwrap_or_else(|_| plain::linear::<Self>(x, weight, bias, residual))
+        launched.unwrap_or_else(|_| plain::project::<Self>(x, weight, bias, residual))
     }
 
-    fn gated_linear(x: CubeTensor<R>, gate: CubeTensor<R>, up: Option<CubeTensor<R>>) -> CubeTensor<R> {
+    fn project_gated(x: CubeTensor<R>, gate: CubeTensor<R>, up: Option<CubeTensor<R>>) -> CubeTensor<R> {
         if !is_narrow(&x.shape()) {
-            return plain::gated_linear::<Self>(x, gate, up);
+            return plain::project_gated::<Self>(x, gate, up);
         }
         let width = gated_width(gate.meta.shape(), up.is_some());
         let launched = launch(&x, width, |x_rows, y| {
             let up = up.as_ref().map(rows);
             layers::gated_linear(&x.client, x_rows, &rows(&gate), up.as_ref(), y)
         });
-        launched.unwrap_or_else(|_| plain::gated_linear::<Self>(x, gate, up))
+        launched.unwrap_or_else(|_| plain::project_gated::<Self>(x, gate, up))
     }
 
     fn rms_norm(
@@ -179,40 +179,40 @@ fn first_positions<R: CubeRuntime>(memory: &CubeTensor<R>, length: usize) -> Cub
 
 /// Few rows take kernels, many what Burn makes of them.
 impl<B: FusionBackend + LayerBackend> LayerBackend for Fusion<B> {
-    fn linear(
+    fn project(
         x: Fusing<B>,
         weight: Fusing<B>,
         bias: Option<Fusing<B>>,
         residual: Option<Fusing<B>>,
     ) -> Fusing<B> {
         if !is_narrow(&x.shape) {
-            return plain::linear::<Self>(x, weight, bias, residual);
+            return plain::project::<Self>(x, weight, bias, residual);
         }
-        let output = like(&x, weight.shape[0]);
+        let output = like::<B>(&x, weight.shape[0]);
         let [y] = register::<B, 2, 2, 1>(
             "linear",
             [x, weight],
             [bias, residual],
             [output],
-            |[x, weight], [bias, residual], outputs| outputs.float(0, B::linear(x, weight, bias, residual)),
+            |[x, weight], [bias, residual], outputs| outputs.float(0, B::project(x, weight, bias, residual)),
         );
         y
     }
 
-    fn gated_linear(x: Fusing<B>, gate: Fusing<B>, up: Option<Fusing<B>>) -> Fusing<B> {
+    fn project_gated(x: Fusing<B>, gate: Fusing<B>, up: Option<Fusing<B>>) -> Fusing<B> {
         if !is_narrow(&x.shape) {
-            return plain::gated_linear::<Self>(x, gate, up);
+            return plain::project_gated::<Self>(x, gate, up);
         }
-        let output = like(&x, gated_width(&gate.shape, up.is_some()));
+        let output = like::<B>(&x, gated_width(&gate.shape, up.is_some()));
         let [y] =
             register::<B, 2, 1, 1>("gated_linear", [x, gate], [up], [output], |[x, gate], [up], outputs| {
-                outputs.float(0, B::gated_linear(x, gate, up))
+                outputs.float(0, B::project_gated(x, gate, up))
             });
         y
     }
 
     fn rms_norm(x: Fusing<B>, weight: Fusing<B>, epsilon: f64, cast_before_weight: bool) -> Fusing<B> {
-        let output = like(&x, weight.shape[0]);
+        let output = like::<B>(&x, weight.shape[0]);
         let [y] =
             register::<B, 2, 0, 1>("rms_norm", [x, weight], [], [output], move |[x, weight], [], outputs| {
                 outputs.float(0, B::rms_norm(x, weight, epsilon, cast_before_weight));

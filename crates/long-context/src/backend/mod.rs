@@ -54,13 +54,13 @@ pub trait LayerBackend: AttentionBackend {
     /// - weight: `[out, in]`
     /// - bias: `[out]`
     /// - residual, output: `[batch, length, out]`
-    fn linear(
+    fn project(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         bias: Option<FloatTensor<Self>>,
         residual: Option<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
-        plain::linear::<Self>(x, weight, bias, residual)
+        plain::project::<Self>(x, weight, bias, residual)
     }
 
     /// `silu(x Gᵀ) · x Uᵀ`.
@@ -70,12 +70,12 @@ pub trait LayerBackend: AttentionBackend {
     /// - x: `[batch, length, in]`
     /// - gate, up: `[out, in]`; without `up`, `gate` is `[2 out, in]` and holds both, one after the other
     /// - output: `[batch, length, out]`
-    fn gated_linear(
+    fn project_gated(
         x: FloatTensor<Self>,
         gate: FloatTensor<Self>,
         up: Option<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
-        plain::gated_linear::<Self>(x, gate, up)
+        plain::project_gated::<Self>(x, gate, up)
     }
 
     /// `x / sqrt(mean(x²) + ε) · weight`, normalized in f32; rounded to the type of x also before the weight

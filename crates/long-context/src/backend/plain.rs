@@ -9,19 +9,19 @@ use sample_attention::rotary::Rotary;
 
 use super::{Heads, Packing, Rotated, float, tensor};
 
-fn project<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
+fn product<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
     let [batch, length, d_input] = x.dims();
     let d_output = weight.dims()[0];
     x.reshape([batch * length, d_input]).matmul(weight.transpose()).reshape([batch, length, d_output])
 }
 
-pub(super) fn linear<B: Backend>(
+pub(super) fn project<B: Backend>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     bias: Option<FloatTensor<B>>,
     residual: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
-    let mut y = project(tensor::<B, 3>(x), tensor(weight));
+    let mut y = product(tensor::<B, 3>(x), tensor(weight));
     if let Some(bias) = bias {
         y = y + tensor::<B, 1>(bias).unsqueeze();
     }
@@ -31,16 +31,16 @@ pub(super) fn linear<B: Backend>(
     float(y)
 }
 
-pub(super) fn gated_linear<B: Backend>(
+pub(super) fn project_gated<B: Backend>(
     x: FloatTensor<B>,
     gate: FloatTensor<B>,
     up: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
     let x = tensor::<B, 3>(x);
     let (gate, up) = match up {
-        Some(up) => (project(x.clone(), tensor(gate)), project(x, tensor(up))),
+        Some(up) => (product(x.clone(), tensor(gate)), product(x, tensor(up))),
         None => {
-            let both = project(x, tensor(gate));
+            let both = product(x, tensor(gate));
             let width = both.dims()[2] / 2;
             (both.clone().narrow(2, 0, width), both.narrow(2, width, width))
         }

@@ -65,7 +65,7 @@ impl<B: LayerBackend> Linear<B> {
 
     fn project(&self, x: Tensor<B, 3>, residual: Option<Tensor<B, 3>>) -> Tensor<B, 3> {
         let bias = self.bias.as_ref().map(|bias| float(bias.val()));
-        tensor(B::linear(float(x), float(self.weight.val()), bias, residual.map(float)))
+        tensor(B::project(float(x), float(self.weight.val()), bias, residual.map(float)))
     }
 }
 
@@ -78,5 +78,5 @@ impl<B: LayerBackend> Linear<B> {
 /// - output: `[batch, length, out]`
 pub fn gated<B: LayerBackend>(gate: &Linear<B>, up: Option<&Linear<B>>, x: Tensor<B, 3>) -> Tensor<B, 3> {
     let up = up.map(|up| float(up.weight.val()));
-    tensor(B::gated_linear(float(x), float(gate.weight.val()), up))
+    tensor(B::project_gated(float(x), float(gate.weight.val()), up))
 }
