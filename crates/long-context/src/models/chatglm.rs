@@ -9,6 +9,7 @@ use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
 use crate::layers::{
     Heads, Linear, LinearConfig, Packing, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs, gated,
+    merge_heads,
 };
 
 /// What `rope_ratio` does to the rotary embedding. The published configs use one key for both.
@@ -226,7 +227,6 @@ impl<B: LayerBackend> Attention<B> {
         rotary: &Rotary<B>,
         cache: &mut LayerCache<B>,
     ) -> Tensor<B, 3> {
-        let [batch, length, _] = x.dims();
         let heads = Heads {
             heads: self.heads,
             kv_heads: self.kv_heads,
@@ -234,8 +234,7 @@ impl<B: LayerBackend> Attention<B> {
             packing: Packing::ByKind,
         };
         let y = cache.attend_projected(self.qkv.forward(x), heads, rotary);
-        let y = y.swap_dims(1, 2).reshape([batch, length, self.heads * self.head_dim]);
-        self.output.forward_onto(residual, y)
+        self.output.forward_onto(residual, merge_heads(y))
     }
 }
 

@@ -8,6 +8,7 @@ use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
 use crate::layers::{
     Heads, Linear, LinearConfig, Packing, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs, gated,
+    merge_heads,
 };
 
 /// How the rotary embedding stretches beyond the trained range (`rope_scaling`).
@@ -233,7 +234,6 @@ impl<B: LayerBackend> Attention<B> {
         rotary: &Rotary<B>,
         cache: &mut LayerCache<B>,
     ) -> Tensor<B, 3> {
-        let [batch, length, hidden] = x.dims();
         let heads = Heads {
             heads: self.kv_heads * self.group,
             kv_heads: self.kv_heads,
@@ -241,8 +241,7 @@ impl<B: LayerBackend> Attention<B> {
             packing: Packing::ByGroup,
         };
         let y = cache.attend_projected(self.qkv.forward(x), heads, rotary);
-        let y = y.swap_dims(1, 2).reshape([batch, length, hidden]);
-        self.output.forward_onto(residual, y)
+        self.output.forward_onto(residual, merge_heads(y))
     }
 }
 
