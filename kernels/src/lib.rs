@@ -36,6 +36,7 @@ mod flash_mma;
 mod flash_plane;
 mod fragments;
 mod ladder;
+pub mod layers;
 mod mma_columns;
 mod mma_rows;
 mod mma_tile;

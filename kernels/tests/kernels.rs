@@ -4,6 +4,7 @@
 
 #[path = "common/mod.rs"]
 mod common;
+mod layers;
 
 use std::{fs, path::PathBuf};
 

@@ -8,9 +8,11 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use sample_attention::{
-    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary,
+    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary, rotary::Rotary,
     sample_attention_with_plan,
 };
+
+use crate::backend::{Heads, LayerBackend, Rotated, float, tensor};
 
 /// Keys and values of every layer, native heads (never repeated for grouped queries).
 #[derive(Debug, Clone)]
@@ -217,8 +219,38 @@ impl<B: AttentionBackend> LayerCache<B> {
     ///
     /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
     pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-        let (start, length) = (self.held.len(), k.dims()[2]);
         let (keys, values) = self.held.append(k, v);
+        self.attend_held(q, keys, values)
+    }
+
+    /// As [`LayerCache::attend`], from a fused projection whose queries and keys are yet to be turned.
+    ///
+    /// # Shapes
+    ///
+    /// - qkv: `[batch, length, (heads + 2 kv_heads) * head_dim]`
+    /// - output: `[batch, heads, length, head_dim]`
+    ///
+    /// # Panics
+    ///
+    /// As [`LayerCache::attend`].
+    pub fn attend_projected(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4>
+    where
+        B: LayerBackend,
+    {
+        let length = qkv.dims()[1];
+        let (q, keys, values) = self.held.append_by(length, |memory, start| {
+            let Rotated { q, memory, held } =
+                B::rotate(float(qkv), heads, rotary.clone(), memory.map(float), start);
+            let [keys, values] = held.map(tensor);
+            (memory.map(tensor), (tensor(q), keys, values))
+        });
+        self.attend_held(q, keys, values)
+    }
+
+    /// Attends from the last positions to all of them.
+    fn attend_held(&mut self, q: Tensor<B, 4>, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> Tensor<B, 4> {
+        let length = q.dims()[2];
+        let start = self.held.len() - length;
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);
         let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));

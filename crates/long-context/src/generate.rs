@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, backend::Backend};
-use sample_attention::AttentionBackend;
 use thiserror::Error;
 
+use crate::backend::LayerBackend;
 use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
@@ -112,7 +112,7 @@ pub struct Generator<B: Backend> {
 type EachChunk<'a, B> =
     dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError> + 'a;
 
-impl<B: AttentionBackend> Generator<B> {
+impl<B: LayerBackend> Generator<B> {
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
     fn run(&mut self, ids: &[u32], each: &mut EachChunk<'_, B>) -> Result<(), GenerateError> {
@@ -131,7 +131,7 @@ impl<B: AttentionBackend> Generator<B> {
     }
 }
 
-impl<B: AttentionBackend> Engine for Generator<B> {
+impl<B: LayerBackend> Engine for Generator<B> {
     fn prefill(
         &mut self,
         ids: &[u32],

@@ -10,7 +10,7 @@ use long_context::generate::{Engine, GeneratorConfig};
 use long_context::models::ModelConfig;
 use long_context_weights::{Checkpoint, Progress};
 
-use sample_attention::AttentionBackend;
+use long_context::backend::LayerBackend;
 
 use thiserror::Error;
 
@@ -192,7 +192,7 @@ impl Device {
     }
 }
 
-fn load<B: AttentionBackend>(
+fn load<B: LayerBackend>(
     device: &B::Device,
     checkpoint: &Checkpoint,
     config: &ModelConfig,

@@ -23,14 +23,16 @@
 #[cfg(feature = "autodiff")]
 mod autodiff;
 mod backend;
-mod cache;
+pub mod cache;
 #[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(feature = "cube")]
-mod cube;
+pub mod cube;
 mod error;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "cube")]
+pub mod fusion;
 #[cfg(feature = "autodiff")]
 mod gradient;
 mod module;

@@ -5,9 +5,9 @@ pub mod internlm2;
 
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
-use sample_attention::AttentionBackend;
 use thiserror::Error;
 
+use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig};
 use crate::layers::Linear;
 use chatglm::{ChatGlm, ChatGlmConfig, RopeRatio};
@@ -196,7 +196,7 @@ pub enum Model<B: Backend> {
     InternLm2(InternLm2<B>),
 }
 
-impl<B: AttentionBackend> Model<B> {
+impl<B: LayerBackend> Model<B> {
     /// Whether `ids` can be run after what the cache holds.
     ///
     /// # Errors
