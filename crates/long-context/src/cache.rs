@@ -107,7 +107,7 @@ impl KvCacheConfig {
         let shape = [self.batch, self.num_kv_heads, self.capacity, self.head_dim];
         let layer = |layer| LayerCache {
             layer,
-            held: KeyValueCache::new(shape, dtype, device),
+            held: Held::Cache(KeyValueCache::new(shape, dtype, device)),
             options: attention.options,
             summaries: None,
             observer: None,
@@ -128,6 +128,22 @@ impl KvCacheConfig {
 }
 
 impl<B: Backend> KvCache<B> {
+    /// A cache for whole sequences, any number at once: each pass attends within itself, in `dtype`, and leaves
+    /// nothing behind.
+    pub(crate) fn holding_nothing(num_layers: usize, attention: &AttentionConfig, dtype: DType) -> Self {
+        let layer = |layer| LayerCache {
+            layer,
+            held: Held::Nothing(dtype),
+            options: attention.options,
+            summaries: None,
+            observer: None,
+        };
+        let layers = (0..num_layers).map(layer).collect();
+        let mut cache = Self { layers, length: 0, capacity: 0 };
+        cache.set_attention(attention);
+        cache
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.length
@@ -147,7 +163,9 @@ impl<B: Backend> KvCache<B> {
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
         for layer in &mut self.layers {
-            layer.held.truncate(length);
+            if let Held::Cache(held) = &mut layer.held {
+                held.truncate(length);
+            }
         }
     }
 
@@ -193,11 +211,18 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
+#[derive(Debug, Clone)]
+enum Held<B: Backend> {
+    Cache(KeyValueCache<B>),
+    /// Keys and values of the pass alone, attended in this type.
+    Nothing(DType),
+}
+
 /// Keys and values of one layer, and how it attends to them.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
     layer: usize,
-    held: KeyValueCache<B>,
+    held: Held<B>,
     options: SampleAttentionOptions,
     /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
     summaries: Option<Vec<(usize, usize, Summary<B>)>>,
@@ -217,8 +242,15 @@ impl<B: AttentionBackend> LayerCache<B> {
     ///
     /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
     pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-        let (start, length) = (self.held.len(), k.dims()[2]);
-        let (keys, values) = self.held.append(k, v);
+        let (model_dtype, length) = (q.dtype(), k.dims()[2]);
+        let (start, q, keys, values) = match &mut self.held {
+            Held::Cache(held) => {
+                let start = held.len();
+                let (keys, values) = held.append(k, v);
+                (start, q, keys, values)
+            }
+            Held::Nothing(dtype) => (0, q.cast(*dtype), k.cast(*dtype), v.cast(*dtype)),
+        };
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);
         let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));
@@ -233,6 +265,6 @@ impl<B: AttentionBackend> LayerCache<B> {
         if let (Some(summaries), Some(plan)) = (&mut self.summaries, attended.plan) {
             summaries.push((start, length, plan.summary()));
         }
-        attended.output
+        attended.output.cast(model_dtype)
     }
 }

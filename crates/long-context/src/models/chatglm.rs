@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
 use sample_attention::AttentionBackend;
 
-use super::{Span, TensorSpec, embed};
+use super::{TensorSpec, embed};
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
 use crate::layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs};
 
@@ -153,17 +153,26 @@ pub struct ChatGlm<B: Backend> {
 }
 
 impl<B: AttentionBackend> ChatGlm<B> {
+    /// Rotary embedding, the same for a context of any length.
+    pub(super) fn rotary(&self) -> RotaryConfig {
+        self.config.rotary()
+    }
+
     /// The residual stream after the last norm.
     ///
     /// # Shapes
     ///
     /// - ids: `[batch, length]`
     /// - output: `[batch, length, hidden]`
-    pub(super) fn hidden(&self, ids: Tensor<B, 2, Int>, span: Span, cache: &mut KvCache<B>) -> Tensor<B, 3> {
-        let rotary = self.config.rotary().init(span.start, span.length, &ids.device());
+    pub(super) fn hidden(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        rotary: &Rotary<B>,
+        cache: &mut KvCache<B>,
+    ) -> Tensor<B, 3> {
         let mut x = embed(&self.embedding, ids);
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(x, &rotary, cache.layer(i));
+            x = layer.forward(x, rotary, cache.layer(i));
         }
         self.norm.forward(x)
     }
@@ -180,6 +189,10 @@ impl<B: AttentionBackend> ChatGlm<B> {
 
     pub(super) fn vocab_size(&self) -> usize {
         self.config.padded_vocab_size
+    }
+
+    pub(super) fn num_layers(&self) -> usize {
+        self.config.num_layers
     }
 }
 

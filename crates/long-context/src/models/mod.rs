@@ -4,12 +4,12 @@ pub mod chatglm;
 pub mod internlm2;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use sample_attention::AttentionBackend;
 use thiserror::Error;
 
-use crate::cache::{KvCache, KvCacheConfig};
-use crate::layers::Linear;
+use crate::cache::{AttentionConfig, KvCache, KvCacheConfig};
+use crate::layers::{Linear, Rotary, RotaryConfig};
 use chatglm::{ChatGlm, ChatGlmConfig, RopeRatio};
 use internlm2::{InternLm2, InternLm2Config, RopeScaling};
 
@@ -149,15 +149,6 @@ impl ModelConfig {
     }
 }
 
-/// The positions of one forward pass.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Span {
-    pub start: usize,
-    pub length: usize,
-    /// Positions of the whole context, of which a prefill chunk is a part.
-    pub context: usize,
-}
-
 /// What a forward pass refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ModelError {
@@ -237,16 +228,57 @@ impl<B: AttentionBackend> Model<B> {
         device: &B::Device,
     ) -> Result<Tensor<B, 3>, ModelError> {
         self.check(ids, cache)?;
-        let span =
-            Span { start: cache.len(), length: ids.len(), context: context.max(cache.len() + ids.len()) };
+        let (start, length) = (cache.len(), ids.len());
+        let rotary = self.rotary(context.max(start + length)).init(start, length, device);
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, span.length]), device);
-        let hidden = match self {
-            Self::ChatGlm(model) => model.hidden(ids, span, cache),
-            Self::InternLm2(model) => model.hidden(ids, span, cache),
-        };
-        cache.advance(span.length);
+        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, length]), device);
+        let hidden = self.hidden(ids, &rotary, cache);
+        cache.advance(length);
         Ok(hidden)
+    }
+
+    /// Runs whole sequences without a cache: with gradients where the backend has them, as training needs it.
+    ///
+    /// `positions` are those of the tokens, ascending, shared by the sequences. Attention computes in
+    /// `attention_dtype`, everything else in the type of the weights.
+    ///
+    /// # Shapes
+    ///
+    /// - ids: `[batch, length]`, each below the vocabulary
+    /// - output: `[batch, length, hidden]`, for [`Model::logits`]
+    ///
+    /// # Panics
+    ///
+    /// Where there is not one position a token.
+    pub fn forward_sequences(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        positions: &[usize],
+        attention: &AttentionConfig,
+        attention_dtype: DType,
+    ) -> Tensor<B, 3> {
+        assert_eq!(positions.len(), ids.dims()[1], "one position a token");
+        let context = positions.last().map_or(0, |last| last + 1);
+        let rotary = self.rotary(context).at(positions.iter().copied(), &ids.device());
+        let layers = match self {
+            Self::ChatGlm(model) => model.num_layers(),
+            Self::InternLm2(model) => model.num_layers(),
+        };
+        self.hidden(ids, &rotary, &mut KvCache::holding_nothing(layers, attention, attention_dtype))
+    }
+
+    fn hidden(&self, ids: Tensor<B, 2, Int>, rotary: &Rotary<B>, cache: &mut KvCache<B>) -> Tensor<B, 3> {
+        match self {
+            Self::ChatGlm(model) => model.hidden(ids, rotary, cache),
+            Self::InternLm2(model) => model.hidden(ids, rotary, cache),
+        }
+    }
+
+    fn rotary(&self, context: usize) -> RotaryConfig {
+        match self {
+            Self::ChatGlm(model) => model.rotary(),
+            Self::InternLm2(model) => model.rotary(context),
+        }
     }
 
     /// Logits of hidden states.
@@ -272,5 +304,16 @@ impl<B: AttentionBackend> Model<B> {
 
 /// Looks tokens up in an embedding whose rows are `[vocab, hidden]`.
 fn embed<B: Backend>(embedding: &Linear<B>, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-    burn::tensor::module::embedding(embedding.weight.val(), ids)
+    let (weight, device) = (embedding.weight.val(), ids.device());
+    if !B::ad_enabled(&device) {
+        return burn::tensor::module::embedding(weight, ids);
+    }
+    // The gradient of a look-up adds rows one after another on GPUs; as a matrix product it is fast everywhere.
+    let ([batch, length], [vocab, hidden]) = (ids.dims(), weight.dims());
+    let rows = Tensor::<B, 1, Int>::arange(0..vocab as i64, &device).reshape([1, vocab]);
+    let chosen = ids
+        .reshape([batch * length, 1])
+        .expand([batch * length, vocab])
+        .equal(rows.expand([batch * length, vocab]));
+    chosen.float().cast(weight.dtype()).matmul(weight).reshape([batch, length, hidden])
 }
