@@ -58,9 +58,16 @@ fn json(args: &[&str], input: &str) -> Value {
     serde_json::from_str(&stdout(&succeed(args, input))).unwrap()
 }
 
-/// Three chapters of a novel with a pass key in the middle and a question about it at the end.
-fn long_prompt() -> String {
+/// Three chapters of a novel.
+fn chapters() -> String {
     let text = std::fs::read_to_string(root().join("examples/pride-and-prejudice.txt")).unwrap();
+    let (chapters, _) = text.split_once("\nChapter 4\n").unwrap();
+    format!("{}\n", chapters.trim_end())
+}
+
+/// They with a pass key in the middle and a question about it at the end.
+fn long_prompt() -> String {
+    let text = chapters();
     let middle = text[..text.len() / 2].rfind("\n\n").unwrap();
     format!("{}\n\n{NEEDLE}{}\n\nWhat is the pass key?", &text[..middle], &text[middle..])
 }
@@ -305,7 +312,7 @@ fn past_the_range_the_rotary_embedding_stretches_on_request() {
 #[test]
 #[cfg(unix)]
 fn ctrl_c_ends_cleanly() {
-    let text = std::fs::read_to_string(root().join("examples/pride-and-prejudice.txt")).unwrap();
+    let text = chapters();
     let mut child =
         spawn(&["generate", &trained("internlm2"), "--backend", "cpu", "--chunk", "64", "--quiet"]);
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();

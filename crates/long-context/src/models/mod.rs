@@ -317,3 +317,88 @@ fn embed<B: Backend>(embedding: &Linear<B>, ids: Tensor<B, 2, Int>) -> Tensor<B,
         .equal(rows.expand([batch * length, vocab]));
     chosen.float().cast(weight.dtype()).matmul(weight).reshape([batch, length, hidden])
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use sample_attention::{Preset, SampleAttentionOptions};
+
+    use super::*;
+
+    fn configs() -> [ModelConfig; 2] {
+        let internlm2 = InternLm2Config {
+            hidden_size: 64,
+            num_layers: 2,
+            num_attention_heads: 4,
+            num_kv_heads: 2,
+            intermediate_size: 96,
+            vocab_size: 50,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Dynamic(2.0),
+            max_position_embeddings: 32,
+            bias: true,
+        };
+        let chatglm = ChatGlmConfig {
+            hidden_size: 64,
+            num_layers: 2,
+            num_attention_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            ffn_hidden_size: 96,
+            padded_vocab_size: 50,
+            layernorm_epsilon: 1e-5,
+            add_qkv_bias: true,
+            rope_ratio: RopeRatio::ScalesBase(2.0),
+            seq_length: 64,
+        };
+        [ModelConfig::InternLm2(internlm2), ModelConfig::ChatGlm(chatglm)]
+    }
+
+    fn values<const D: usize>(tensor: Tensor<Flex, D>) -> Vec<f32> {
+        tensor.into_data().into_vec().unwrap()
+    }
+
+    #[test]
+    fn whole_sequences_give_what_a_cache_gives() {
+        let device = Default::default();
+        let length = 48;
+        let sequences: [Vec<u32>; 2] =
+            [1, 7].map(|step| (0..length).map(|at| (at * step % 50) as u32).collect());
+        for config in configs() {
+            let model = config.init::<Flex>(&device);
+            let ids: Vec<i32> = sequences.iter().flatten().map(|&id| id as i32).collect();
+            let ids = Tensor::<Flex, 2, Int>::from_data(TensorData::new(ids, [2, length]), &device);
+            let positions: Vec<usize> = (0..length).collect();
+            let dense = AttentionConfig { options: Preset::Dense.options(), ..Default::default() };
+            let run = |positions: &[usize], attention: &AttentionConfig| {
+                model.forward_sequences(ids.clone(), positions, attention, DType::F32)
+            };
+            let together = run(&positions, &dense);
+            for (index, sequence) in sequences.iter().enumerate() {
+                let mut cache = config.cache(1, length).init(&dense, DType::F32, &device);
+                let first = model.forward(&sequence[..30], length, &mut cache, &device).unwrap();
+                let rest = model.forward(&sequence[30..], length, &mut cache, &device).unwrap();
+                let cached = values(Tensor::cat(vec![first, rest], 1));
+                let found = values(together.clone().narrow(0, index, 1));
+                let worst = found.iter().zip(&cached).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 1e-5, "{worst}");
+            }
+            // Positions matter, and so does what attention leaves out.
+            let apart: Vec<usize> = positions.iter().map(|&at| at + at / 20 * 5).collect();
+            assert_ne!(values(run(&apart, &dense)), values(together.clone()));
+            let sparse = SampleAttentionOptions {
+                alpha: 0.3,
+                min_rows: 4,
+                window_ratio: 0.0,
+                block_size: 16,
+                tail_rows: 0,
+                dense_below: 0,
+                dense_cost: None,
+                ..Default::default()
+            };
+            let sparse = AttentionConfig { options: sparse, ..Default::default() };
+            assert_ne!(values(run(&positions, &sparse)), values(together));
+        }
+    }
+}
