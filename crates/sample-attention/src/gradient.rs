@@ -114,6 +114,12 @@ pub(crate) struct Forward<B: Backend> {
 impl<B: Backend> Forward<B> {
     /// Gradients of q, k and v from that of the output, in their shapes and types.
     pub fn backward(self, gradient: Tensor<B, 4>) -> [Tensor<B, 4>; 3] {
+        let [batch, heads, ..] = self.q.dims();
+        let tile = tile(batch * heads, self.kept.is_some());
+        self.backward_in_tiles(gradient, tile)
+    }
+
+    fn backward_in_tiles(self, gradient: Tensor<B, 4>, tile: usize) -> [Tensor<B, 4>; 3] {
         let Self { q, k, v, output, lse, kept, scale } = self;
         let (dtype, device) = (q.dtype(), q.device());
         let [q, k, v, output, gradient] = [q, k, v, output, gradient].map(|tensor| tensor.cast(DType::F32));
@@ -129,7 +135,6 @@ impl<B: Backend> Forward<B> {
             tensor.clone().narrow(2, first, length).reshape([batch, kv_heads, group * length, width])
         };
 
-        let tile = tile(batch * heads, kept.is_some());
         let starts: Vec<usize> = (0..rows).step_by(tile).collect();
         let mut q_gradients: Vec<Option<Tensor<B, 4>>> = vec![None; starts.len()];
         let (mut k_gradients, mut v_gradients) = (Vec::new(), Vec::new());
@@ -170,5 +175,44 @@ impl<B: Backend> Forward<B> {
         let q_gradients = Tensor::cat(q_gradients.into_iter().flatten().collect(), 2).mul_scalar(scale);
         let [k_gradients, v_gradients] = [k_gradients, v_gradients].map(|tiles| Tensor::cat(tiles, 2));
         [q_gradients, k_gradients, v_gradients].map(|gradient| gradient.cast(dtype))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use burn::tensor::Distribution;
+
+    use super::*;
+    use crate::plain::dense_attention;
+
+    #[test]
+    fn tiles_of_any_size_give_the_same_gradients() {
+        let device = Default::default();
+        Flex::seed(&device, 4);
+        let random = |heads, rows| {
+            Tensor::<Flex, 4>::random([2, heads, rows, 16], Distribution::Normal(0.0, 1.0), &device)
+        };
+        for (rows, keys) in [(100, 100), (70, 129), (1, 65)] {
+            let (q, k, v, gradient) = (random(4, rows), random(2, keys), random(2, keys), random(4, rows));
+            let scale = 0.25;
+            let (output, lse) = dense_attention(q.clone(), k.clone(), v.clone(), scale);
+            let forward = Forward { q, k, v, output, lse, kept: None, scale };
+            let whole = forward.clone().backward(gradient.clone());
+            for tile in [1, 32, 33, 64] {
+                let tiled = forward.clone().backward_in_tiles(gradient.clone(), tile);
+                for (tiled, whole) in tiled.into_iter().zip(whole.clone()) {
+                    assert_eq!(tiled.dims(), whole.dims());
+                    let difference = (tiled - whole).abs().max().into_scalar();
+                    assert!(difference < 1e-4, "{rows} rows, {keys} keys, tiles of {tile}: {difference}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_grow_while_memory_allows() {
+        assert_eq!([1, 8, 128, 4096].map(|heads| tile(heads, false)), [8192, 2048, 512, 512]);
+        assert_eq!(tile(1, true), 512);
     }
 }

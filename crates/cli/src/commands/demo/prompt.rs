@@ -18,7 +18,7 @@ pub struct Prompt {
 
 impl Prompt {
     /// The longest prompt of up to `tokens` tokens: paragraphs of the novel from its beginning, the key between
-    /// the two nearest to `depth`.
+    /// the two nearest to `depth`. A model that knows no chat is given the beginning of the answer.
     pub fn new(
         chat: &Chat<'_>,
         tokenizer: &Tokenizer,
@@ -29,8 +29,13 @@ impl Prompt {
         let key = key(seed);
         let paragraphs = paragraphs(TEXT);
         let write = |count: usize| {
-            let message = Message::new(Role::User, message(&paragraphs[..count], depth, &key));
-            chat.encode(&[message])
+            let message = message(&paragraphs[..count], depth, &key);
+            if chat.has_format() {
+                Ok(chat.encode(&[Message::new(Role::User, message)])?)
+            } else {
+                let begun = tokenizer.encode(&format!("{message} The pass key is"));
+                Ok::<_, Error>(chat.prefix().into_iter().chain(begun).collect::<Vec<u32>>())
+            }
         };
         let lengths: Vec<usize> =
             paragraphs.iter().map(|paragraph| tokenizer.encode(paragraph).len() + 1).collect();
@@ -38,11 +43,11 @@ impl Prompt {
         if tokens < LEAST_TOKENS || tokens > all {
             return Err(Error::DemoTokens { found: tokens, least: LEAST_TOKENS, most: all });
         }
-        let mut left = tokens;
-        let mut count = lengths
-            .iter()
-            .take_while(|&&length| left.checked_sub(length).map(|rest| left = rest).is_some())
-            .count();
+        let ends = lengths.iter().scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        });
+        let mut count = ends.take_while(|&end| end <= tokens).count();
         let mut ids = write(count)?;
         // The question takes its room, too.
         while ids.len() > tokens && count > 0 {
