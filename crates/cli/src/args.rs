@@ -19,6 +19,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Find a pass key in a long text with dense attention and with SampleAttention, side by side
+    Demo(DemoArgs),
     /// Answer a prompt; the text goes to standard output, timings to standard error
     Generate(GenerateArgs),
     /// Talk with the model; /reset forgets the conversation, /stats shows timings, /quit ends
@@ -34,6 +36,30 @@ pub enum Command {
     /// Check the kernels on this machine's device against float64, case by case
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     Selftest(SelftestArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Checkpoint folder: config.json, weights, tokenizer
+    pub dir: PathBuf,
+    /// Tokens of the prompt [default: 16384, or the model's range]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub tokens: Option<usize>,
+    /// Where the pass key stands in the text: 0 is the beginning, 1 the end
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
+    pub depth: f64,
+    /// Attention to compare with dense: default, paper, fast or joint
+    #[arg(long, value_name = "PRESET", default_value = "default")]
+    pub attention: Preset,
+    /// Backend; auto takes CUDA, then a GPU through Vulkan or WebGPU, then the CPU, and says which
+    #[arg(short, long, value_enum, default_value = "auto")]
+    pub backend: BackendName,
+    /// Settles the pass key
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -300,6 +326,11 @@ pub enum RopeRatioMeaning {
     Base,
     /// It divides the positions (ChatGLM2-6B-32k)
     Position,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a number from 0 to 1".to_string())
 }
 
 fn positive(text: &str) -> Result<usize, String> {

@@ -33,6 +33,8 @@ pub enum Error {
         "--context: found {found} tokens, expected at most {range} (the model's range); --stretch-rope stretches it"
     )]
     ContextTooLong { found: usize, range: usize },
+    #[error("--tokens: found {found}, expected {least} to {most} (the bundled text under this tokenizer)")]
+    DemoTokens { found: usize, least: usize, most: usize },
     #[error(transparent)]
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]

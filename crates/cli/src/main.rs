@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     report::quiet_panics();
     // A device that runs out of memory panics inside its runtime, on whichever thread reads from it.
     let run = std::panic::catch_unwind(|| match cli.command {
+        Command::Demo(args) => commands::demo::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
         Command::Info(args) => commands::info::run(args),

@@ -109,7 +109,7 @@ impl KvCacheConfig {
         let shape = [self.batch, self.num_kv_heads, self.capacity, self.head_dim];
         let layer = |layer| LayerCache {
             layer,
-            held: KeyValueCache::new(shape, dtype, device),
+            held: Held::Cache(KeyValueCache::new(shape, dtype, device)),
             options: attention.options,
             summaries: None,
             observer: None,
@@ -130,6 +130,22 @@ impl KvCacheConfig {
 }
 
 impl<B: Backend> KvCache<B> {
+    /// A cache for whole sequences, any number at once: each pass attends within itself, in `dtype`, and leaves
+    /// nothing behind.
+    pub(crate) fn holding_nothing(num_layers: usize, attention: &AttentionConfig, dtype: DType) -> Self {
+        let layer = |layer| LayerCache {
+            layer,
+            held: Held::Nothing(dtype),
+            options: attention.options,
+            summaries: None,
+            observer: None,
+        };
+        let layers = (0..num_layers).map(layer).collect();
+        let mut cache = Self { layers, length: 0, capacity: 0 };
+        cache.set_attention(attention);
+        cache
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.length
@@ -149,7 +165,9 @@ impl<B: Backend> KvCache<B> {
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
         for layer in &mut self.layers {
-            layer.held.truncate(length);
+            if let Held::Cache(held) = &mut layer.held {
+                held.truncate(length);
+            }
         }
     }
 
@@ -195,35 +213,27 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
+#[derive(Debug, Clone)]
+enum Held<B: Backend> {
+    Cache(KeyValueCache<B>),
+    /// Keys and values of the pass alone, attended in this type.
+    Nothing(DType),
+}
+
 /// Keys and values of one layer, and how it attends to them.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
     layer: usize,
-    held: KeyValueCache<B>,
+    held: Held<B>,
     options: SampleAttentionOptions,
     /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
     summaries: Option<Vec<(usize, usize, Summary<B>)>>,
     observer: Option<Observer>,
 }
 
-impl<B: AttentionBackend> LayerCache<B> {
-    /// Appends new positions and attends from them to all that are held.
-    ///
-    /// # Shapes
-    ///
-    /// - q: `[batch, heads, length, head_dim]`
-    /// - k, v: `[batch, kv_heads, length, head_dim]`
-    /// - output: like q
-    ///
-    /// # Panics
-    ///
-    /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
-    pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-        let (keys, values) = self.held.append(k, v);
-        self.attend_held(q, keys, values)
-    }
-
-    /// As [`LayerCache::attend`], from a fused projection whose queries and keys are yet to be turned.
+impl<B: LayerBackend> LayerCache<B> {
+    /// Takes a fused projection apart, turns its queries and keys, appends the new positions, and attends from them
+    /// to all that are held.
     ///
     /// # Shapes
     ///
@@ -232,25 +242,21 @@ impl<B: AttentionBackend> LayerCache<B> {
     ///
     /// # Panics
     ///
-    /// As [`LayerCache::attend`].
-    pub fn attend_projected(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4>
-    where
-        B: LayerBackend,
-    {
-        let length = qkv.dims()[1];
-        let (q, keys, values) = self.held.append_by(length, |memory, start| {
-            let Rotated { q, memory, held } =
-                B::rotate(float(qkv), heads, rotary.clone(), memory.map(float), start);
-            let [keys, values] = held.map(tensor);
-            (memory.map(tensor), (tensor(q), keys, values))
-        });
-        self.attend_held(q, keys, values)
-    }
-
-    /// Attends from the last positions to all of them.
-    fn attend_held(&mut self, q: Tensor<B, 4>, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> Tensor<B, 4> {
-        let length = q.dims()[2];
-        let start = self.held.len() - length;
+    /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
+    pub fn attend(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4> {
+        let (model_dtype, length) = (qkv.dtype(), qkv.dims()[1]);
+        let (start, q, keys, values) = match &mut self.held {
+            Held::Cache(held) => held.append_by(length, |memory, start| {
+                let Rotated { q, memory, held } =
+                    B::rotate(float(qkv), heads, rotary.clone(), memory.map(float), start);
+                let [keys, values] = held.map(tensor);
+                (memory.map(tensor), (start, tensor(q), keys, values))
+            }),
+            Held::Nothing(dtype) => {
+                let [q, k, v] = heads.turned(qkv, rotary).map(|part| part.cast(*dtype));
+                (0, q, k, v)
+            }
+        };
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);
         let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));
@@ -265,6 +271,6 @@ impl<B: AttentionBackend> LayerCache<B> {
         if let (Some(summaries), Some(plan)) = (&mut self.summaries, attended.plan) {
             summaries.push((start, length, plan.summary()));
         }
-        attended.output
+        attended.output.cast(model_dtype)
     }
 }

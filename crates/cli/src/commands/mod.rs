@@ -1,6 +1,7 @@
 //! One file a subcommand.
 
 pub mod chat;
+pub mod demo;
 pub mod generate;
 pub mod info;
 pub mod logits;

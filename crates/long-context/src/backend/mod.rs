@@ -32,6 +32,34 @@ pub struct Heads {
     pub packing: Packing,
 }
 
+impl Heads {
+    /// Takes a fused projection apart and turns its queries and keys.
+    ///
+    /// # Shapes
+    ///
+    /// - qkv: `[batch, length, (heads + 2 kv_heads) * head_dim]`
+    /// - output: queries, keys and values, `[batch, heads or kv_heads, length, head_dim]`
+    pub(crate) fn turned<B: Backend>(self, qkv: Tensor<B, 3>, rotary: &Rotary<B>) -> [Tensor<B, 4>; 3] {
+        let [batch, length, _] = qkv.dims();
+        let Self { heads, kv_heads, head_dim, packing } = self;
+        // Slots of `groups` groups each; a part takes some slots of every group.
+        let (groups, group) = match packing {
+            Packing::ByKind => (1, [heads, kv_heads, kv_heads]),
+            Packing::ByGroup => (kv_heads, [heads / kv_heads, 1, 1]),
+        };
+        let qkv = qkv.reshape([batch, length, groups, group.iter().sum(), head_dim]);
+        let part = |first, slots| {
+            let part = qkv.clone().narrow(3, first, slots);
+            part.reshape([batch, length, groups * slots, head_dim])
+        };
+        [
+            rotary.forward(part(0, group[0])).swap_dims(1, 2),
+            rotary.forward(part(group[0], group[1])).swap_dims(1, 2),
+            part(group[0] + group[1], group[2]).swap_dims(1, 2),
+        ]
+    }
+}
+
 /// What [`LayerBackend::rotate`] computes.
 #[derive(Debug, Clone)]
 pub struct Rotated<B: Backend> {

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor};
 use sample_attention::cache::write;
 use sample_attention::rotary::Rotary;
 
-use super::{Heads, Packing, Rotated, float, tensor};
+use super::{Heads, Rotated, float, tensor};
 
 fn product<B: Backend>(x: Tensor<B, 3>, weight: Tensor<B, 2>) -> Tensor<B, 3> {
     let [batch, length, d_input] = x.dims();
@@ -73,22 +73,7 @@ pub(super) fn rotate<B: Backend>(
     memory: [FloatTensor<B>; 2],
     start: usize,
 ) -> Rotated<B> {
-    let qkv = tensor::<B, 3>(qkv);
-    let [batch, length, _] = qkv.dims();
-    let Heads { heads: q_heads, kv_heads, head_dim, packing } = heads;
-    // Slots of `groups` groups each; a part takes some slots of every group.
-    let (groups, group) = match packing {
-        Packing::ByKind => (1, [q_heads, kv_heads, kv_heads]),
-        Packing::ByGroup => (kv_heads, [q_heads / kv_heads, 1, 1]),
-    };
-    let qkv = qkv.reshape([batch, length, groups, group.iter().sum(), head_dim]);
-    let part = |first, slots| {
-        let part = qkv.clone().narrow(3, first, slots);
-        part.reshape([batch, length, groups * slots, head_dim])
-    };
-    let q = rotary.forward(part(0, group[0])).swap_dims(1, 2);
-    let k = rotary.forward(part(group[0], group[1])).swap_dims(1, 2);
-    let v = part(group[0] + group[1], group[2]).swap_dims(1, 2);
+    let [q, k, v] = heads.turned(tensor(qkv), rotary);
     let [keys, values] = memory.map(tensor::<B, 4>);
     let (keys, held_keys) = write(keys, k, start);
     let (values, held_values) = write(values, v, start);

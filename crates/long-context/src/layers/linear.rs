@@ -23,9 +23,11 @@ impl LinearConfig {
         self
     }
 
-    /// Initializes the layer (lazily: loading a checkpoint allocates nothing twice).
+    /// Initializes the layer (lazily: loading a checkpoint allocates nothing twice). For training from scratch,
+    /// weights are so large that the output is about as large as the input, whatever its width: queries and keys
+    /// of a narrow model would hardly tell anything apart else.
     pub fn init<B: Backend>(&self, device: &B::Device) -> Linear<B> {
-        let init = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let init = Initializer::Normal { mean: 0.0, std: 1.0 / (self.d_input as f64).sqrt() };
         Linear {
             weight: init.init([self.d_output, self.d_input], device),
             bias: self.bias.then(|| Initializer::Zeros.init([self.d_output], device)),

@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
-use super::{Span, TensorSpec, embed};
+use super::{TensorSpec, embed};
 use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
 use crate::layers::{
@@ -156,17 +156,26 @@ pub struct ChatGlm<B: Backend> {
 }
 
 impl<B: LayerBackend> ChatGlm<B> {
+    /// Rotary embedding, the same for a context of any length.
+    pub(super) fn rotary(&self) -> RotaryConfig {
+        self.config.rotary()
+    }
+
     /// The residual stream after the last norm.
     ///
     /// # Shapes
     ///
     /// - ids: `[batch, length]`
     /// - output: `[batch, length, hidden]`
-    pub(super) fn hidden(&self, ids: Tensor<B, 2, Int>, span: Span, cache: &mut KvCache<B>) -> Tensor<B, 3> {
-        let rotary = self.config.rotary().init(span.start, span.length, &ids.device());
+    pub(super) fn hidden(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        rotary: &Rotary<B>,
+        cache: &mut KvCache<B>,
+    ) -> Tensor<B, 3> {
         let mut x = embed(&self.embedding, ids);
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(x, &rotary, cache.layer(i));
+            x = layer.forward(x, rotary, cache.layer(i));
         }
         self.norm.forward(x)
     }
@@ -183,6 +192,10 @@ impl<B: LayerBackend> ChatGlm<B> {
 
     pub(super) fn vocab_size(&self) -> usize {
         self.config.padded_vocab_size
+    }
+
+    pub(super) fn num_layers(&self) -> usize {
+        self.config.num_layers
     }
 }
 
@@ -233,7 +246,7 @@ impl<B: LayerBackend> Attention<B> {
             head_dim: self.head_dim,
             packing: Packing::ByKind,
         };
-        let y = cache.attend_projected(self.qkv.forward(x), heads, rotary);
+        let y = cache.attend(self.qkv.forward(x), heads, rotary);
         self.output.forward_onto(residual, merge_heads(y))
     }
 }

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor, backend::Backend};
 
-use super::{Span, TensorSpec, embed};
+use super::{TensorSpec, embed};
 use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
 use crate::layers::{
@@ -161,18 +161,27 @@ pub struct InternLm2<B: Backend> {
 }
 
 impl<B: LayerBackend> InternLm2<B> {
-    /// The residual stream after the last norm. Under dynamic NTK new positions turn by the base of
-    /// `span.context`; cached keys stay as they were turned, as in the official code.
+    /// Rotary embedding of a context of `context` positions. Under dynamic NTK new positions turn by its
+    /// base; cached keys stay as they were turned, as in the official code.
+    pub(super) fn rotary(&self, context: usize) -> RotaryConfig {
+        self.config.rotary(context)
+    }
+
+    /// The residual stream after the last norm.
     ///
     /// # Shapes
     ///
     /// - ids: `[batch, length]`
     /// - output: `[batch, length, hidden]`
-    pub(super) fn hidden(&self, ids: Tensor<B, 2, Int>, span: Span, cache: &mut KvCache<B>) -> Tensor<B, 3> {
-        let rotary = self.config.rotary(span.context).init(span.start, span.length, &ids.device());
+    pub(super) fn hidden(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        rotary: &Rotary<B>,
+        cache: &mut KvCache<B>,
+    ) -> Tensor<B, 3> {
         let mut x = embed(&self.embedding, ids);
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(x, &rotary, cache.layer(i));
+            x = layer.forward(x, rotary, cache.layer(i));
         }
         self.norm.forward(x)
     }
@@ -189,6 +198,10 @@ impl<B: LayerBackend> InternLm2<B> {
 
     pub(super) fn vocab_size(&self) -> usize {
         self.config.vocab_size
+    }
+
+    pub(super) fn num_layers(&self) -> usize {
+        self.config.num_layers
     }
 }
 
@@ -240,7 +253,7 @@ impl<B: LayerBackend> Attention<B> {
             head_dim: self.head_dim,
             packing: Packing::ByGroup,
         };
-        let y = cache.attend_projected(self.qkv.forward(x), heads, rotary);
+        let y = cache.attend(self.qkv.forward(x), heads, rotary);
         self.output.forward_onto(residual, merge_heads(y))
     }
 }
