@@ -1,6 +1,8 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::stopwatch::{self, Part};
+
 /// Configuration of a [`Linear`] layer.
 #[derive(Debug, Clone)]
 pub struct LinearConfig {
@@ -48,6 +50,11 @@ impl<B: Backend> Linear<B> {
     /// - x: `[batch, length, in]`
     /// - output: `[batch, length, out]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let device = x.device();
+        stopwatch::part::<B, _>(Part::Products, &device, || self.project(x))
+    }
+
+    fn project(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let [batch, length, d_input] = x.dims();
         let weight = self.weight.val();
         let d_output = weight.dims()[0];
