@@ -15,6 +15,8 @@ const RIGHT: f64 = 24.0;
 const TOP: f64 = 16.0;
 const BOTTOM: f64 = 48.0;
 const LINE: f64 = 18.0;
+/// Width of a letter, about.
+const LETTER: f64 = 6.6;
 
 /// Points of one line.
 #[derive(Debug, Clone, PartialEq)]
@@ -158,11 +160,12 @@ pub struct BarChart<'a> {
 impl BarChart<'_> {
     /// The plot; empty where there is no bar.
     pub fn svg(&self) -> String {
-        const NAME: f64 = 330.0;
         const NOTE: f64 = 120.0;
         const ROW: f64 = 24.0;
         let sum = |bar: &Bar| bar.parts.iter().sum::<f64>();
         let longest = self.bars.iter().map(sum).fold(0.0, f64::max);
+        let letters = self.bars.iter().map(|bar| bar.name.chars().count()).max().unwrap_or(0);
+        let left = (LETTER * letters as f64 + 16.0).min(WIDTH * 0.6);
         if longest <= 0.0 || !longest.is_finite() {
             return String::new();
         }
@@ -170,7 +173,7 @@ impl BarChart<'_> {
         let mut svg = open(legend + ROW * self.bars.len() as f64 + 8.0, &self.parts.join(", "));
         if legend > 0.0 {
             for (index, part) in self.parts.iter().enumerate() {
-                let x = NAME + 110.0 * index as f64;
+                let x = WIDTH - NOTE - 110.0 * (self.parts.len() - index) as f64;
                 let _ = write!(
                     svg,
                     "<rect x=\"{x}\" y=\"4\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"16\">{}</text>",
@@ -186,13 +189,13 @@ impl BarChart<'_> {
             let _ = write!(
                 svg,
                 "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
-                NAME - 8.0,
+                left - 8.0,
                 y + 17.0,
                 escape(&bar.name)
             );
-            let mut x = NAME;
+            let mut x = left;
             for (part, value) in bar.parts.iter().enumerate().filter(|(_, value)| **value > 0.0) {
-                let width = (WIDTH - NAME - NOTE) * value / whole;
+                let width = (WIDTH - left - NOTE) * value / whole;
                 let _ = write!(
                     svg,
                     "<rect x=\"{x:.1}\" y=\"{}\" width=\"{width:.1}\" height=\"{}\" fill=\"{}\"/>",
@@ -292,8 +295,9 @@ mod tests {
 
     #[test]
     fn shares_fill_the_bar() {
-        let bar = |parts| Bar { name: "bar".to_string(), parts, note: "note".to_string() };
+        let bar = |parts| Bar { name: String::new(), parts, note: "note".to_string() };
         let chart = BarChart { parts: vec!["a", "b"], bars: vec![bar(vec![1.0, 1.0])], shares: true };
-        assert_eq!(chart.svg().matches("width=\"225.0\"").count(), 2, "{}", chart.svg());
+        // What is left of 900 for two halves beside 16 for the names and 120 for the notes.
+        assert_eq!(chart.svg().matches("width=\"382.0\"").count(), 2, "{}", chart.svg());
     }
 }

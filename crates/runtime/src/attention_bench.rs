@@ -1,15 +1,16 @@
 //! Attention alone on a device, to be timed and checked.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, TensorData};
 use sample_attention::{
     AttentionShape, HostPlan, Preset, Report, SampleAttentionOptions, StageTimes, StagedBackend, reference,
-    sample_attention_with_plan, sample_attention_with_report, time_stages,
+    sample_attention_with_plan, time_stages,
 };
 
 use crate::op::floats;
-use crate::structured::{Noise, Structure};
+use crate::structured::{Ground, Noise, Structure};
 use crate::{Device, Error, Kind, OpInputs};
 
 /// One of the sets of inputs that a bench holds.
@@ -75,25 +76,18 @@ pub trait AttentionBench {
     /// Options that do not fit, or a failing device.
     fn stages(&mut self, set: InputSet, options: &SampleAttentionOptions) -> Result<StageTimes, Error>;
 
-    /// What a call keeps.
+    /// What a call keeps, and how far a few rows of its output are from float64 over the keys that it keeps: the
+    /// largest relative error, by Euclidean norm. `queries` is 1 for a decode step, else all.
     ///
     /// # Errors
     ///
     /// Options that do not fit, or a failing device.
-    fn report(&mut self, set: InputSet, options: &SampleAttentionOptions) -> Result<Report, Error>;
-
-    /// Compares a few rows of the output with float64 over the keys that the plan keeps; the largest relative
-    /// error, by Euclidean norm. `queries` is 1 for a decode step, else all.
-    ///
-    /// # Errors
-    ///
-    /// Options that do not fit, or a failing device.
-    fn error(
+    fn inspect(
         &mut self,
         set: InputSet,
         options: &SampleAttentionOptions,
         queries: Option<usize>,
-    ) -> Result<f64, Error>;
+    ) -> Result<(Report, f64), Error>;
 }
 
 impl Device {
@@ -119,18 +113,26 @@ impl Device {
 }
 
 fn bench<B: StagedBackend>(device: B::Device, dtype: DType) -> Box<dyn AttentionBench> {
-    Box::new(Bench::<B> { device, dtype, sets: Vec::new() })
+    Box::new(Bench::<B> { device, dtype, sets: Vec::new(), ground: None })
 }
 
 struct Bench<B: StagedBackend> {
     device: B::Device,
     dtype: DType,
     sets: Vec<[Tensor<B, 4>; 3]>,
+    /// Of the last structure.
+    ground: Option<Ground<B>>,
 }
 
 impl<B: StagedBackend> Bench<B> {
     fn sync(&self) -> Result<(), Error> {
         B::sync(&self.device).map_err(|error| Error::Failed(error.to_string()))
+    }
+
+    fn ground(&mut self, structure: &Structure, noise: &Noise) -> &Ground<B> {
+        let held = self.ground.take().filter(|ground| ground.length() == structure.length);
+        let ground = held.unwrap_or_else(|| Ground::new(structure, noise, self.dtype, &self.device));
+        self.ground.insert(ground)
     }
 
     fn hold(&mut self, tensors: [Tensor<B, 4>; 3]) -> Result<InputSet, Error> {
@@ -167,11 +169,13 @@ impl<B: StagedBackend> Bench<B> {
 impl<B: StagedBackend> AttentionBench for Bench<B> {
     fn clear(&mut self) {
         self.sets.clear();
+        self.ground = None;
         B::memory_cleanup(&self.device);
     }
 
     fn add_structured(&mut self, structure: &Structure, noise: &Noise) -> Result<InputSet, Error> {
-        self.hold(structure.tensors(noise, self.dtype, &self.device))
+        let tensors = structure.tensors(self.ground(structure, noise));
+        self.hold(tensors)
     }
 
     fn add(&mut self, inputs: &OpInputs, length: usize) -> Result<InputSet, Error> {
@@ -189,7 +193,7 @@ impl<B: StagedBackend> AttentionBench for Bench<B> {
         options: &SampleAttentionOptions,
         target: f64,
     ) -> Result<(f64, f64), Error> {
-        structure.tune::<B>(noise, options, (target, structure.length), self.dtype, &self.device)
+        structure.tune(self.ground(structure, noise), options, (target, structure.length))
     }
 
     fn run(
@@ -210,42 +214,65 @@ impl<B: StagedBackend> AttentionBench for Bench<B> {
         Ok(time_stages(q, k, v, options)?)
     }
 
-    fn report(&mut self, set: InputSet, options: &SampleAttentionOptions) -> Result<Report, Error> {
-        let [q, k, v] = self.tensors(set, None);
-        Ok(sample_attention_with_report(q, k, v, options)?.1)
-    }
-
-    fn error(
+    fn inspect(
         &mut self,
         set: InputSet,
         options: &SampleAttentionOptions,
         queries: Option<usize>,
-    ) -> Result<f64, Error> {
+    ) -> Result<(Report, f64), Error> {
         let [q, k, v] = self.tensors(set, queries);
         let shape = sample_attention::check(&q, &k, &v, options)?;
-        let AttentionShape { q_heads, q_len, .. } = shape;
+        let AttentionShape { q_heads, q_len, head_dim, .. } = shape;
         let attended = sample_attention_with_plan(q.clone(), k.clone(), v.clone(), options)?;
-        let plans = match attended.plan {
-            Some(plan) => plan.read()?,
-            None => vec![HostPlan::dense(shape.blocks(options)); shape.heads()],
+        let (plans, report) = match attended.plan {
+            Some(plan) => (plan.clone().read()?, plan.report()?),
+            None => {
+                let heads = shape.heads();
+                (vec![HostPlan::dense(shape.blocks(options)); heads], Report::dense(heads))
+            }
         };
-        let one = AttentionShape { batch: 1, q_heads: 1, kv_heads: 1, ..shape };
-        let head_of =
-            |tensor: &Tensor<B, 4>, head: usize| floats(tensor.clone().narrow(0, 0, 1).narrow(1, head, 1));
-        let mut largest: f64 = 0.0;
         // Early, middle and late rows, the last one among them, of the first, a middle and the last head.
-        for (head, row) in
-            [(0, 0), (q_heads / 2, q_len / 2), (q_heads - 1, q_len * 4 / 5), (q_heads - 1, q_len - 1)]
-        {
-            let at_head = head / shape.group();
-            let (k, v) = (head_of(&k, at_head)?, head_of(&v, at_head)?);
-            let q = head_of(&q, head)?;
-            let found = floats(attended.output.clone().narrow(0, 0, 1).narrow(1, head, 1).narrow(2, row, 1))?;
-            let (expected, _) = reference::attention_row(&one, options, &q, &k, &v, &plans[head], (0, row));
-            let gap: f64 = found.iter().zip(&expected).map(|(&a, b)| (f64::from(a) - b).powi(2)).sum();
-            let error = (gap / expected.iter().map(|x| x * x).sum::<f64>()).sqrt();
-            largest = if error.is_finite() { largest.max(error) } else { f64::INFINITY };
+        let rows = [(0, 0), (q_heads / 2, q_len / 2), (q_heads - 1, q_len * 4 / 5), (q_heads - 1, q_len - 1)];
+        let mut samples = Vec::new();
+        for (head, row) in rows {
+            let of_head = |tensor: &Tensor<B, 4>, head| tensor.clone().narrow(0, 0, 1).narrow(1, head, 1);
+            let of_row = |tensor: &Tensor<B, 4>| floats(of_head(tensor, head).narrow(2, row, 1));
+            let seen = |tensor: &Tensor<B, 4>| floats(of_head(tensor, head / shape.group()));
+            // Of the queries only this one is looked at.
+            let mut queries = vec![0.0; q_len * head_dim];
+            queries[row * head_dim..][..head_dim].copy_from_slice(&of_row(&q)?);
+            let (k, v, found) = (seen(&k)?, seen(&v)?, of_row(&attended.output)?);
+            samples.push(Sample { row, q: queries, k, v, plan: &plans[head], found });
         }
-        Ok(largest)
+        let one = AttentionShape { batch: 1, q_heads: 1, kv_heads: 1, ..shape };
+        let errors: Vec<f64> = thread::scope(|scope| {
+            let compared: Vec<_> =
+                samples.iter().map(|sample| scope.spawn(|| sample.error(&one, options))).collect();
+            compared.into_iter().map(|thread| thread.join().unwrap_or(f64::INFINITY)).collect()
+        });
+        let worst = errors
+            .into_iter()
+            .fold(0.0, |worst, error| if error.is_finite() { f64::max(worst, error) } else { f64::INFINITY });
+        Ok((report, worst))
+    }
+}
+
+/// One row of one head's output, and all that it was computed from.
+struct Sample<'a> {
+    row: usize,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    plan: &'a HostPlan,
+    found: Vec<f32>,
+}
+
+impl Sample<'_> {
+    /// Relative to float64, by Euclidean norm.
+    fn error(&self, shape: &AttentionShape, options: &SampleAttentionOptions) -> f64 {
+        let Self { row, q, k, v, plan, found } = self;
+        let (expected, _) = reference::attention_row(shape, options, q, k, v, plan, (0, *row));
+        let gap: f64 = found.iter().zip(&expected).map(|(&a, b)| (f64::from(a) - b).powi(2)).sum();
+        (gap / expected.iter().map(|x| x * x).sum::<f64>()).sqrt()
     }
 }

@@ -6,7 +6,7 @@ use long_context::models::ModelConfig;
 use long_context_weights::{Checkpoint, Progress};
 use sample_attention::{AttentionBackend, SampleAttentionOptions};
 
-use crate::structured::{Noise, Structure};
+use crate::structured::{Ground, Noise, Structure};
 use crate::{Device, Error, Kind};
 
 /// Where a model's weights come from.
@@ -112,7 +112,8 @@ impl<B: AttentionBackend> ModelBench for Bench<B> {
         // The old ones go first: two do not always fit.
         self.generator.stand_in(None);
         let stand_in = inputs.map(|(structure, noise)| {
-            let [q, k, _] = structure.tensors::<B>(noise, self.limits.dtype, &self.device);
+            let ground = Ground::new(structure, noise, self.limits.dtype, &self.device);
+            let [q, k, _] = structure.tensors(&ground);
             StandIn { q, k }
         });
         self.generator.stand_in(stand_in);
@@ -126,7 +127,8 @@ impl<B: AttentionBackend> ModelBench for Bench<B> {
         options: &SampleAttentionOptions,
         target: f64,
     ) -> Result<(f64, f64), Error> {
-        structure.tune::<B>(noise, options, (target, self.limits.chunk), self.limits.dtype, &self.device)
+        let ground = Ground::<B>::new(structure, noise, self.limits.dtype, &self.device);
+        structure.tune(&ground, options, (target, self.limits.chunk))
     }
 
     fn device_bytes(&self) -> Option<u64> {

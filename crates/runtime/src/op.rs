@@ -97,5 +97,5 @@ fn run<B: AttentionBackend>(
 
 pub(crate) fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| Error::Failed(error.to_string()))?;
-    Ok(data.iter::<f32>().collect())
+    data.into_vec().map_err(|error| Error::Failed(format!("{error:?}")))
 }

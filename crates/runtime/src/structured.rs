@@ -25,8 +25,10 @@ const NOISE: f64 = 0.5;
 /// Wavelengths of the attraction between neighbours, in positions.
 const SHORTEST_WAVE: f64 = 16.0;
 const OCTAVES: f64 = 8.0;
-/// The shares that a target density is looked for between, in so many steps at most, or until it is so close.
-const SHARES: (f64, f64) = (1e-4, 0.6);
+/// The largest share that a target density is looked for at; the smallest makes so many stripes.
+const LARGEST_SHARE: f64 = 0.6;
+const FEWEST_STRIPES: f64 = 16.0;
+/// Steps of the search at most, and how close ends it.
 const STEPS: usize = 8;
 const CLOSE: f64 = 0.02;
 
@@ -73,17 +75,57 @@ impl Noise {
     }
 }
 
-/// What is laid over the noise, on the host.
+/// What is laid over the noise beside the attraction between neighbours, on the host.
 #[derive(Debug, Clone)]
-pub struct Parts {
+pub struct Overlay {
     /// `[heads, CHANNELS]`: how strongly a query looks in a channel.
     pub look: Vec<f32>,
     /// `[heads]`: 1 where neighbours attract each other, 0 in diffuse heads.
     pub near: Vec<f32>,
     /// `[kv_heads, length, CHANNELS]`: how far a key stands out in a channel.
     pub pull: Vec<f32>,
-    /// `[length, head_dim / 4]`: added to queries and keys behind the channels.
-    pub local: Vec<f32>,
+}
+
+/// What inputs of one length have in common, on a device.
+pub(crate) struct Ground<B: AttentionBackend> {
+    /// `[1, 1, length, head_dim]`, and so are `k` and `v`.
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    v: Tensor<B, 4>,
+    /// `[1, 1, length, head_dim / 4]`
+    local: Tensor<B, 4>,
+    dtype: DType,
+    device: B::Device,
+}
+
+impl<B: AttentionBackend> Ground<B> {
+    /// Uploads noise and neighbours for a structure's length.
+    pub fn new(structure: &Structure, noise: &Noise, dtype: DType, device: &B::Device) -> Self {
+        let shape = |width| [1, 1, structure.length, width];
+        let [q, k, v] = structure
+            .noise(noise)
+            .map(|values| upload(values.to_vec(), shape(structure.head_dim), dtype, device));
+        let local = upload(structure.local(), shape(structure.head_dim / 4), dtype, device);
+        Self { q, k, v, local, dtype, device: device.clone() }
+    }
+
+    /// Positions that it covers.
+    pub fn length(&self) -> usize {
+        self.q.dims()[2]
+    }
+
+    fn upload(&self, values: Vec<f32>, shape: [usize; 4]) -> Tensor<B, 4> {
+        upload(values, shape, self.dtype, &self.device)
+    }
+}
+
+fn upload<B: AttentionBackend>(
+    values: Vec<f32>,
+    shape: [usize; 4],
+    dtype: DType,
+    device: &B::Device,
+) -> Tensor<B, 4> {
+    Tensor::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
 }
 
 impl Structure {
@@ -102,15 +144,13 @@ impl Structure {
     }
 
     /// What is laid over the noise.
-    pub fn parts(&self) -> Parts {
+    pub fn overlay(&self) -> Overlay {
         let Self { length, heads, kv_heads, head_dim, seed, .. } = *self;
         let (root, width) = ((head_dim as f64).sqrt(), self.channel_width() as f64);
         // Scores: that of a stripe outweighs the other keys by number, that of a sink grows with the length.
         let shares = BREADTH.map(|breadth| (self.share * breadth).min(0.9));
         let looks = shares.map(|share| ((STRIPE_MASS / share).ln() * root / width).sqrt());
         let sinks = looks.map(|look| (length as f64).ln() * root / width / look);
-        let pairs = head_dim / 8;
-        let amplitude = (0.75 * (length as f64).ln() * root / pairs as f64).sqrt();
         let look = |index: usize| {
             let (head, channel) = (index / CHANNELS, index % CHANNELS);
             let looks_here = head % CHANNELS == channel && !self.is_diffuse(head);
@@ -127,18 +167,24 @@ impl Structure {
             };
             pull as f32
         };
-        let local = |index: usize| {
-            let (position, at) = ((index / (2 * pairs)) as f64, index % (2 * pairs));
-            let wave = SHORTEST_WAVE * (OCTAVES * (at / 2) as f64 / pairs as f64).exp2();
-            let angle = TAU * position / wave;
-            (amplitude * if at % 2 == 0 { angle.cos() } else { angle.sin() }) as f32
-        };
-        Parts {
+        Overlay {
             look: fill(heads * CHANNELS, look),
             near: (0..heads).map(|head| if self.is_diffuse(head) { 0.0 } else { 1.0 }).collect(),
             pull: fill(kv_heads * length * CHANNELS, pull),
-            local: fill(length * 2 * pairs, local),
         }
+    }
+
+    /// What lets neighbours attract each other, `[length, head_dim / 4]`: added to queries and keys behind the
+    /// channels.
+    pub fn local(&self) -> Vec<f32> {
+        let (length, pairs) = (self.length, self.head_dim / 8);
+        let amplitude = (0.75 * (length as f64).ln() * (self.head_dim as f64).sqrt() / pairs as f64).sqrt();
+        fill(length * 2 * pairs, |index| {
+            let (position, at) = ((index / (2 * pairs)) as f64, index % (2 * pairs));
+            let wave = SHORTEST_WAVE * (OCTAVES * (at / 2) as f64 / pairs as f64).exp2();
+            let angle = TAU * position / wave;
+            (amplitude * if at.is_multiple_of(2) { angle.cos() } else { angle.sin() }) as f32
+        })
     }
 
     /// The noise of this length, in order q, k, v.
@@ -151,78 +197,71 @@ impl Structure {
     /// # Shapes
     ///
     /// - output: `[1, heads, length, head_dim]`, then twice `[1, kv_heads, length, head_dim]`
-    pub(crate) fn tensors<B: AttentionBackend>(
-        &self,
-        noise: &Noise,
-        dtype: DType,
-        device: &B::Device,
-    ) -> [Tensor<B, 4>; 3] {
+    pub(crate) fn tensors<B: AttentionBackend>(&self, ground: &Ground<B>) -> [Tensor<B, 4>; 3] {
         let Self { length, heads, kv_heads, head_dim, .. } = *self;
-        let (width, parts) = (self.channel_width(), self.parts());
+        let (width, overlay) = (self.channel_width(), self.overlay());
         let (channels, locals) = (CHANNELS * width, head_dim / 4);
-        let upload = |values: Vec<f32>, shape: [usize; 4]| {
-            let data = TensorData::new(values, shape).convert_dtype(dtype);
-            Tensor::<B, 4>::from_data(data, (device, dtype))
-        };
         let spread = |channel: Tensor<B, 4>| {
             let [_, heads, rows, _] = channel.dims();
             let wide = channel.unsqueeze_dim::<5>(4).expand([1, heads, rows, CHANNELS, width]);
             wide.reshape([1, heads, rows, channels])
         };
-        let [q, k, v] = self.noise(noise).map(|values| upload(values.to_vec(), [1, 1, length, head_dim]));
-        let local = upload(parts.local, [1, 1, length, locals]);
-        let over = |noise: Tensor<B, 4>, heads: usize, channel: Tensor<B, 4>, local: Tensor<B, 4>| {
-            let rest = noise.clone().narrow(3, channels + locals, head_dim - channels - locals);
-            let looking = noise.clone().narrow(3, 0, channels) + channel;
-            let near = noise.narrow(3, channels, locals) + local;
-            let size = |width| [1, heads, length, width];
-            let rest = rest.expand(size(head_dim - channels - locals));
-            Tensor::cat(vec![looking.expand(size(channels)), near.expand(size(locals)), rest], 3)
+        let over = |noise: &Tensor<B, 4>, heads: usize, channel: Tensor<B, 4>, local: Tensor<B, 4>| {
+            let part = |first, width| noise.clone().narrow(3, first, width);
+            let (looking, near) = (part(0, channels) + channel, part(channels, locals) + local);
+            let rest = part(channels + locals, head_dim - channels - locals);
+            let parts = [looking, near, rest].map(|part| {
+                let width = part.dims()[3];
+                part.expand([1, heads, length, width])
+            });
+            Tensor::cat(parts.into(), 3)
         };
-        let look = spread(upload(parts.look, [1, heads, 1, CHANNELS]));
-        let near = upload(parts.near, [1, heads, 1, 1]);
-        let q = over(q, heads, look, local.clone() * near);
-        let pull = spread(upload(parts.pull, [1, kv_heads, length, CHANNELS]));
-        let k = over(k, kv_heads, pull, local);
+        let look = spread(ground.upload(overlay.look, [1, heads, 1, CHANNELS]));
+        let near = ground.upload(overlay.near, [1, heads, 1, 1]);
+        let q = over(&ground.q, heads, look, ground.local.clone() * near);
+        let pull = spread(ground.upload(overlay.pull, [1, kv_heads, length, CHANNELS]));
+        let k = over(&ground.k, kv_heads, pull, ground.local.clone());
         // A copy of its own for each head, as in a model.
-        let v = v.repeat_dim(1, kv_heads);
-        [q, k, v]
+        [q, k, ground.v.clone().repeat_dim(1, kv_heads)]
     }
 
     /// The share at which a plan of `options` keeps `target` of the causal pairs, and the density there.
     ///
-    /// A bisection over runs of a few heads at the full length, prefilled in chunks.
+    /// A search over runs of a few heads at the full length, prefilled in chunks.
     ///
     /// # Errors
     ///
     /// Options that do not fit, or a failing device.
     pub(crate) fn tune<B: AttentionBackend>(
         &self,
-        noise: &Noise,
+        ground: &Ground<B>,
         options: &SampleAttentionOptions,
         (target, chunk): (f64, usize),
-        dtype: DType,
-        device: &B::Device,
     ) -> Result<(f64, f64), Error> {
         let mut best = (f64::NAN, f64::INFINITY);
         let mut density_at = |share: f64| {
             let structure = Self { share, ..*self };
-            let density = structure.density::<B>(noise, options, chunk, dtype, device)?;
+            let density = structure.density(ground, options, chunk)?;
             if (density - target).abs() < (best.1 - target).abs() {
                 best = (share, density);
             }
             Ok::<f64, Error>(density)
         };
-        let (mut low, mut high) = SHARES;
+        let (mut low, mut high) = ((FEWEST_STRIPES / self.length as f64).min(0.1), LARGEST_SHARE);
+        let (mut at_low, mut at_high) = (density_at(low)?, density_at(high)?);
         // A target out of reach is met by the nearest end.
-        if density_at(low)? < target && density_at(high)? > target {
-            for _ in 0..STEPS {
-                let middle = (low * high).sqrt();
-                let density = density_at(middle)?;
-                if (density / target - 1.0).abs() < CLOSE {
-                    break;
-                }
-                *if density < target { &mut low } else { &mut high } = middle;
+        for step in 0..if at_low < target && target < at_high { STEPS } else { 0 } {
+            // The density grows with the share, nearly in proportion.
+            let inside = (target - at_low) / (at_high - at_low);
+            let share = low + (high - low) * if step % 3 == 2 { 0.5 } else { inside.clamp(0.02, 0.98) };
+            let density = density_at(share)?;
+            if (density / target - 1.0).abs() < CLOSE {
+                break;
+            }
+            if density < target {
+                (low, at_low) = (share, density);
+            } else {
+                (high, at_high) = (share, density);
             }
         }
         Ok(best)
@@ -231,13 +270,11 @@ impl Structure {
     /// The density that all heads would have, from a few of them.
     fn density<B: AttentionBackend>(
         &self,
-        noise: &Noise,
+        ground: &Ground<B>,
         options: &SampleAttentionOptions,
         chunk: usize,
-        dtype: DType,
-        device: &B::Device,
     ) -> Result<f64, Error> {
-        let [q, k, v] = self.probe().tensors::<B>(noise, dtype, device);
+        let [q, k, v] = self.probe().tensors(ground);
         let (mut kept, mut pairs) = (vec![0.0; CHANNELS + 1], 0.0);
         for start in (0..self.length).step_by(chunk) {
             let rows = chunk.min(self.length - start);

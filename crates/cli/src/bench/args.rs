@@ -147,8 +147,11 @@ pub struct CaptureArgs {
     #[arg(long, value_name = "N")]
     pub layer: usize,
     /// The text
-    #[arg(long, value_name = "FILE")]
-    pub file: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "ids")]
+    pub file: Option<PathBuf>,
+    /// Token ids in its place, separated by commas or white space, or a file that holds them
+    #[arg(long, value_name = "IDS|FILE", conflicts_with = "file")]
+    pub ids: Option<String>,
     /// Tokens of it at most [default: all]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub tokens: Option<usize>,

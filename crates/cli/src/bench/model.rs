@@ -63,7 +63,7 @@ pub fn run(state: &mut State, host: &mut Host, job: &ModelJob) -> Result<Answer,
             share: density.target,
             seed: job.seed,
         };
-        let noise = host.noise(job.longest, cache.head_dim, job.seed, &mut seconds);
+        let noise = host.noise(job.longest + job.decode, cache.head_dim, job.seed, &mut seconds);
         seconds.time("inputs", || {
             let reference = job.variants.iter().find(|variant| !variant.is_dense());
             if let (None, Some(variant)) = (density.share, reference) {

@@ -132,7 +132,8 @@ impl Work<'_> {
         let (set, options) = (inputs.sets[variant.set], &variant.options);
         let ms = Spread::of(&timing.rounds, timing.calls, 1e3);
         let call = ms.map_or(f64::NAN, |ms| ms.median / 1e3);
-        let error = seconds.time("checks", || bench.error(set, options, variant.decode.then_some(1)))?;
+        let queries = variant.decode.then_some(1);
+        let (report, error) = seconds.time("checks", || bench.inspect(set, options, queries))?;
         let mut row = OpRow {
             backend: device.backend.to_string(),
             device: device.name.clone(),
@@ -155,7 +156,6 @@ impl Work<'_> {
             (row.density, row.tflops) = (Some(1.0), Some(operations / call / 1e12));
             return Ok(row);
         }
-        let report = seconds.time("checks", || bench.report(set, options))?;
         let rounds = if call * STAGE_ROUNDS as f64 > job.limits.seconds { 1 } else { STAGE_ROUNDS };
         let times = seconds.time("stages", || {
             (0..rounds).map(|_| bench.stages(set, options)).collect::<Result<Vec<_>, _>>()

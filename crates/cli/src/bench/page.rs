@@ -5,8 +5,7 @@ use long_context_page::chart::{Bar, BarChart, LineChart, Series};
 
 use super::report::Report;
 use super::row::{ModelRow, OpRow, Row};
-use super::seconds::Spread;
-use super::table::{attention, number, plan_share};
+use super::table::{attention, number, plan_share, range, significant};
 use crate::report::size;
 
 /// The whole file.
@@ -141,85 +140,89 @@ fn attention_alone(page: &mut Page, rows: &[&OpRow]) {
         "Milliseconds of one call, over the length.",
     );
 
-    let stage_names = ["rows", "bands", "columns", "plan", "filter", "attention"];
-    let bars = prefill.iter().filter(|row| !row.stages.is_empty()).map(|row| {
-        let of =
-            |name: &&str| row.stages.iter().find(|stage| stage.stage == *name).map_or(0.0, |stage| stage.ms);
-        Bar {
-            name: format!(
-                "{} · {} · {}",
-                row.backend,
-                attention(&row.attention, row.target_density),
-                row.length
-            ),
-            parts: stage_names.iter().map(of).collect(),
-            note: row.ms.map_or(String::new(), |ms| format!("{:.2} ms", ms.median)),
-        }
-    });
-    let bars: Vec<Bar> = bars.collect();
-    if !bars.is_empty() {
-        page.heading("Where the time of SampleAttention goes");
-        page.figure(
-            &BarChart { parts: stage_names.to_vec(), bars, shares: true }.svg(),
-            "Shares of the stages, each timed apart; to the right the time of the whole call.",
-        );
-    }
+    stages(page, &prefill);
     page.heading("All numbers");
-    page.table(
-        &[
-            "what",
-            "tokens",
-            "ms",
-            "min",
-            "max",
-            "x dense",
-            "TFLOP/s",
-            "attention stage",
-            "density",
-            "recall",
-            "least",
-            "before attention",
-            "error",
-        ],
-        prefill.iter().map(|row| op_cells(row)),
+    let head = [
+        "backend",
+        "type",
+        "heads",
+        "attention",
+        "tokens",
+        "ms",
+        "min..max",
+        "x dense",
+        "TFLOP/s",
+        "attention",
+        "density",
+        "recall",
+        "plan",
+        "error",
+    ];
+    page.table(&head, prefill.iter().map(|row| op_cells(row)));
+    page.paragraph(
+        "TFLOP/s over the pairs that were kept: of the whole call, and of its attention stage. Plan is the share of the \
+         stages before attention.",
     );
     let decode: Vec<&OpRow> = rows.iter().copied().filter(|row| is_decode(row)).collect();
     if !decode.is_empty() {
         page.heading("One query");
+        let head = ["backend", "type", "heads", "attention", "tokens", "ms", "min..max", "GB/s", "error"];
         page.table(
-            &["what", "tokens", "microseconds", "min", "max", "GB/s", "error"],
+            &head,
             decode.iter().map(|row| {
-                let micro = |value: fn(Spread) -> f64| number(row.ms.map(|ms| 1e3 * value(ms)), 1);
-                vec![
-                    series_of(row),
-                    row.length.to_string(),
-                    micro(|ms| ms.median),
-                    micro(|ms| ms.min),
-                    micro(|ms| ms.max),
-                    number(row.gigabytes_per_second, 0),
-                    scientific(row.error),
-                ]
+                let rate = [significant(row.gigabytes_per_second), scientific(row.error)];
+                op_start(row).into_iter().chain(rate).collect::<Vec<_>>()
             }),
         );
     }
 }
 
-fn op_cells(row: &OpRow) -> Vec<String> {
-    vec![
-        series_of(row),
+/// Shares of the stages, bar by bar.
+fn stages(page: &mut Page, rows: &[&OpRow]) {
+    let staged: Vec<&OpRow> = rows.iter().copied().filter(|row| !row.stages.is_empty()).collect();
+    let of = |row: &OpRow, name: &str| {
+        row.stages.iter().find(|stage| stage.stage == name).map_or(0.0, |stage| stage.ms)
+    };
+    let names = ["rows", "bands", "columns", "plan", "filter", "attention"];
+    let parts: Vec<&str> =
+        names.into_iter().filter(|name| staged.iter().any(|row| of(row, name) > 0.0)).collect();
+    let bars = staged.iter().map(|row| Bar {
+        name: format!("{} · {}", series_of(row), row.length),
+        parts: parts.iter().map(|name| of(row, name)).collect(),
+        note: format!("{} ms", significant(row.ms.map(|ms| ms.median))),
+    });
+    let chart = BarChart { parts: parts.clone(), bars: bars.collect(), shares: true };
+    if !chart.bars.is_empty() {
+        page.heading("Where the time of SampleAttention goes");
+        let caption = "Shares of the stages, each timed apart; to the right the time of the whole call.";
+        page.figure(&chart.svg(), caption);
+    }
+}
+
+/// What was measured, and how long it took.
+fn op_start(row: &OpRow) -> [String; 7] {
+    [
+        row.backend.clone(),
+        row.dtype.clone(),
+        format!("{}/{} x {}", row.heads, row.kv_heads, row.head_dim),
+        attention(&row.attention, row.target_density),
         row.length.to_string(),
         number(row.ms.map(|ms| ms.median), 3),
-        number(row.ms.map(|ms| ms.min), 3),
-        number(row.ms.map(|ms| ms.max), 3),
+        range(row.ms, 3),
+    ]
+}
+
+fn op_cells(row: &OpRow) -> Vec<String> {
+    let rest = [
         number(row.speedup, 2),
-        number(row.tflops, 2),
-        number(row.attention_tflops, 2),
+        significant(row.tflops),
+        significant(row.attention_tflops),
         number(row.density, 3),
         number(row.recall_mean, 4),
-        number(row.recall_min, 4),
         plan_share(row).map_or(String::new(), |share| format!("{:.0}%", 100.0 * share)),
         scientific(row.error),
-    ]
+    ];
+    op_start(row).into_iter().chain(rest).collect()
 }
 
 fn whole_models(page: &mut Page, rows: &[&ModelRow]) {
@@ -257,41 +260,42 @@ fn whole_models(page: &mut Page, rows: &[&ModelRow]) {
         "Seconds of a prefill of its own, in which the device is waited for at each border.",
     );
     page.heading("All numbers");
+    let head = [
+        "backend",
+        "type",
+        "attention",
+        "tokens",
+        "TTFT s",
+        "min..max",
+        "x dense",
+        "attention",
+        "products",
+        "rest",
+        "tokens/s",
+        "density",
+        "memory",
+    ];
     page.table(
-        &[
-            "what",
-            "tokens",
-            "TTFT s",
-            "min",
-            "max",
-            "x dense",
-            "attention",
-            "products",
-            "rest",
-            "tokens/s",
-            "density",
-            "device memory",
-            "host memory",
-        ],
+        &head,
         rows.iter().map(|row| {
-            let ttft = |value: fn(Spread) -> f64| number(row.ttft.map(value), 3);
             vec![
-                model_series_of(row),
+                row.backend.clone(),
+                row.dtype.clone(),
+                attention(&row.attention, row.target_density),
                 row.length.to_string(),
-                ttft(|ttft| ttft.median),
-                ttft(|ttft| ttft.min),
-                ttft(|ttft| ttft.max),
+                number(row.ttft.map(|ttft| ttft.median), 3),
+                range(row.ttft, 3),
                 number(row.speedup, 2),
                 number(row.parts.map(|parts| parts.attention), 3),
                 number(row.parts.map(|parts| parts.products), 3),
                 number(row.parts.map(|parts| parts.rest), 3),
                 number(row.decode_tokens_per_second.map(|rate| rate.median), 1),
                 number(row.density, 3),
-                row.device_bytes.map_or(String::new(), size),
-                row.host_bytes.map_or(String::new(), size),
+                row.device_bytes.or(row.host_bytes).map_or(String::new(), size),
             ]
         }),
     );
+    page.paragraph("Memory is the device's where it has its own, else the process's, at its peak so far.");
 }
 
 fn scientific(value: Option<f64>) -> String {

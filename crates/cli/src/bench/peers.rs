@@ -67,7 +67,7 @@ impl Peers {
             .filter(|(dim, of, noise)| (*dim, *of) == (head_dim, seed) && noise.length() >= job.longest);
         let noise = held.unwrap_or_else(|| (head_dim, seed, Noise::new(job.longest, head_dim, seed)));
         let noise = &self.noise.insert(noise).2;
-        let parts = structure.parts();
+        let overlay = structure.overlay();
         let stored = match dtype {
             "f16" => DType::F16,
             "bf16" => DType::BF16,
@@ -83,10 +83,10 @@ impl Peers {
                 ("q", q),
                 ("k", k),
                 ("v", v),
-                ("look", store(parts.look, vec![heads, CHANNELS])),
-                ("near", store(parts.near, vec![heads])),
-                ("pull", store(parts.pull, vec![kv_heads, length, CHANNELS])),
-                ("local", store(parts.local, vec![length, head_dim / 4])),
+                ("look", store(overlay.look, vec![heads, CHANNELS])),
+                ("near", store(overlay.near, vec![heads])),
+                ("pull", store(overlay.pull, vec![kv_heads, length, CHANNELS])),
+                ("local", store(structure.local(), vec![length, head_dim / 4])),
             ],
         )?;
         Ok(json!({ "structured": file }))

@@ -4,6 +4,17 @@ use super::row::{ModelRow, OpRow, Row};
 use super::seconds::Spread;
 use crate::report::size;
 
+/// A number with three digits that say something, at least; nothing where there is none.
+pub fn significant(value: Option<f64>) -> String {
+    let digits = |value: f64| match value {
+        10.0.. => 1,
+        1.0.. => 2,
+        _ if value > 0.0 => (2 - value.log10().floor() as i32).clamp(0, 6) as usize,
+        _ => 0,
+    };
+    value.map_or(String::new(), |value| format!("{value:.0$}", digits(value)))
+}
+
 /// A number with so many digits; nothing where there is none.
 pub fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or(String::new(), |value| format!("{value:.digits$}"))
@@ -13,7 +24,7 @@ pub fn number(value: Option<f64>, digits: usize) -> String {
 pub fn head(row: &Row) -> String {
     match row {
         Row::Op(_) => format!(
-            "{:<9} {:<5} {:>7} {:>6} {:>4}  {:<34} {:>10} {:>21} {:>7} {:>8} {:>9} {:>8} {:>7} {:>6} {:>8}",
+            "{:<9} {:<5} {:>7} {:>6} {:>4}  {:<34} {:>10} {:>21} {:>7} {:>10} {:>9} {:>8} {:>7} {:>6} {:>8}",
             "backend",
             "type",
             "tokens",
@@ -70,16 +81,16 @@ fn op(row: &OpRow) -> String {
         return format!("{start} {reason}");
     }
     let rate = match row.gigabytes_per_second {
-        Some(rate) => format!("{rate:.0} GB/s"),
-        None => number(row.tflops, 2),
+        Some(rate) => significant(Some(rate)) + " GB/s",
+        None => significant(row.tflops),
     };
     let error = row.error.map_or(String::new(), |error| format!("{error:.0e}"));
     format!(
-        "{start} {:>10} {:>21} {:>7} {rate:>8} {:>9} {:>8} {:>7} {:>6} {error:>8}",
+        "{start} {:>10} {:>21} {:>7} {rate:>10} {:>9} {:>8} {:>7} {:>6} {error:>8}",
         number(row.ms.map(|ms| ms.median), 3),
         range(row.ms, 3),
         number(row.speedup, 2),
-        number(row.attention_tflops, 2),
+        significant(row.attention_tflops),
         number(row.density, 3),
         number(row.recall_mean, 4),
         plan_share(row).map_or(String::new(), |share| format!("{:.0}%", 100.0 * share)),
@@ -119,6 +130,6 @@ fn model(row: &ModelRow) -> String {
     .to_string()
 }
 
-fn range(spread: Option<Spread>, digits: usize) -> String {
+pub fn range(spread: Option<Spread>, digits: usize) -> String {
     spread.map_or(String::new(), |spread| format!("{:.digits$}..{:.digits$}", spread.min, spread.max))
 }

@@ -9,7 +9,7 @@ use crate::bench::job::{Density, Job, ModelJob, ModelSource, OpJob, OpSource, Va
 use crate::bench::run::Run;
 use crate::bench::worker;
 use crate::error::Error;
-use crate::tensors::read_inputs;
+use crate::tensors::{content, read_inputs};
 
 /// Density of a model's structured inputs where nothing else is asked for.
 const DENSITY: f64 = 0.1;
@@ -79,14 +79,15 @@ fn op(args: &OpBenchArgs) -> Result<ExitCode, Error> {
 fn shapes(args: &OpBenchArgs) -> Result<Vec<Shape>, Error> {
     if let Some(file) = &args.captured {
         let found = read_inputs(file)?;
-        let ([_, heads, rows, head_dim], [_, kv_heads, keys, _]) = (found.q.1, found.k.1);
+        let ([batch, heads, rows, head_dim], [_, kv_heads, keys, _]) = (found.q.1, found.k.1);
+        let refuse = |found: String, expected: String| {
+            Err(content(file, format!("tensor `q`: found {found}, expected {expected}")))
+        };
+        if batch != 1 {
+            return refuse(format!("{batch} sequences"), "one".to_string());
+        }
         if rows != keys {
-            let (found, expected) =
-                (format!("{rows} positions"), format!("{keys}, as many as tensor `k` has"));
-            return Err(Error::Content {
-                path: file.clone(),
-                found: format!("tensor `q`: found {found}, expected {expected}"),
-            });
+            return refuse(format!("{rows} positions"), format!("{keys}, as many as tensor `k` has"));
         }
         // The whole, or so many of its first tokens.
         let asked: Vec<usize> = args.length.iter().copied().filter(|&length| length <= keys).collect();
@@ -163,6 +164,11 @@ fn model(args: &ModelBenchArgs) -> Result<ExitCode, Error> {
         }
         (None, None) => return Err(Error::NoModel),
     };
+    let head_dim = model.config()?.cache(1, 1).head_dim;
+    if density.is_some() && !head_dim.is_multiple_of(16) {
+        let (found, expected) = (format!("heads of {head_dim}"), "heads of a multiple of 16".to_string());
+        return Err(Error::Argument { flag: "--density", found, expected });
+    }
     let variants: Vec<Variant> = [Variant::dense()].into_iter().chain(sparse(common, 0)).collect();
     let mut run = Run::new(common, args.length.len() * common.dtype.len() * common.backend.len())?;
     for &length in &args.length {

@@ -8,6 +8,7 @@ use long_context::cache::{Observation, Observer};
 use long_context_runtime::dtype_name;
 use long_context_weights::Chat;
 
+use super::logits::parse_ids;
 use super::read_file;
 use crate::bench::args::CaptureArgs;
 use crate::error::Error;
@@ -16,7 +17,6 @@ use crate::session::{Session, catch_interrupts, interrupted, open};
 use crate::tensors;
 
 pub fn run(args: CaptureArgs) -> Result<ExitCode, Error> {
-    let text = read_file(&args.file)?;
     let checkpoint = open(&args.dir, args.model.rope_ratio)?;
     let mut config = checkpoint.config().clone();
     let layers = config.cache(1, 1).num_layers;
@@ -24,9 +24,15 @@ pub fn run(args: CaptureArgs) -> Result<ExitCode, Error> {
         let expected = format!("below {layers}, the model's layers");
         return Err(Error::Argument { flag: "--layer", found: args.layer.to_string(), expected });
     }
-    let tokenizer = checkpoint.tokenizer()?;
-    let prefix = Chat::new(&checkpoint, &tokenizer)?.prefix();
-    let ids: Vec<u32> = prefix.into_iter().chain(tokenizer.encode(&text)).collect();
+    let ids = match (&args.ids, &args.file) {
+        (Some(ids), _) => parse_ids(ids)?,
+        (None, Some(file)) => {
+            let (text, tokenizer) = (read_file(file)?, checkpoint.tokenizer()?);
+            let prefix = Chat::new(&checkpoint, &tokenizer)?.prefix();
+            prefix.into_iter().chain(tokenizer.encode(&text)).collect()
+        }
+        (None, None) => Vec::new(),
+    };
     let ids = &ids[..ids.len().min(args.tokens.unwrap_or(ids.len()))];
     if ids.is_empty() {
         return Err(Error::NoPrompt);
