@@ -169,7 +169,9 @@ pub fn prefill_bar(quiet: bool, tokens: usize) -> ProgressBar {
 
 /// A bar over the jobs of a measurement, with what is going on.
 pub fn job_bar(quiet: bool, jobs: usize) -> ProgressBar {
-    bar(quiet, jobs as u64, "{pos}/{len} {bar:20} {elapsed} {wide_msg}")
+    let bar = bar(quiet, jobs as u64, "{pos}/{len} {bar:20} {elapsed} {wide_msg}");
+    bar.enable_steady_tick(Duration::from_secs(1));
+    bar
 }
 
 fn bar(quiet: bool, length: u64, template: &str) -> ProgressBar {

@@ -27,8 +27,8 @@ pub enum BenchCommand {
 
 #[derive(Debug, Args)]
 pub struct OpBenchArgs {
-    /// Tokens, one or several
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "8192,32768", value_parser = positive)]
+    /// Tokens, one or several [default: 8192,32768; of a file all]
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', value_parser = positive)]
     pub length: Vec<usize>,
     /// Query heads
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "32", value_parser = positive)]

@@ -115,12 +115,14 @@ impl Inputs {
         };
         say(Message::Doing(format!("{}: inputs of density {}", job.backend, density.target)));
         let (share, found) = bench.tune(structure, noise, &variant.options, density.target)?;
-        if (found / density.target - 1.0).abs() > FAR {
-            self.notes.push(format!(
-                "{} tokens, {}: density {} is out of reach, the nearest is {found:.3}",
-                job.length, variant.name, density.target
-            ));
-        }
+        self.notes.extend(out_of_reach(job.length, &variant.name, density.target, found));
         Ok(share)
     }
+}
+
+/// What to tell about a density that is far from its target.
+pub fn out_of_reach(length: usize, name: &str, target: f64, found: f64) -> Option<String> {
+    ((found / target - 1.0).abs() > FAR).then(|| {
+        format!("{length} tokens, {name}: density {target} is out of reach, the nearest is {found:.3}")
+    })
 }

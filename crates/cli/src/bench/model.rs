@@ -12,7 +12,7 @@ use long_context_runtime::structured::Structure;
 use long_context_runtime::{Device, ModelBench, Weights, dtype_name};
 use long_context_weights::Checkpoint;
 
-use super::inputs::Host;
+use super::inputs::{Host, out_of_reach};
 use super::job::{Answer, Message, ModelJob, ModelSource, Variant};
 use super::row::{ModelRow, PartsRow, Row};
 use super::seconds::{Seconds, Spread};
@@ -68,7 +68,9 @@ pub fn run(state: &mut State, host: &mut Host, job: &ModelJob) -> Result<Answer,
             let reference = job.variants.iter().find(|variant| !variant.is_dense());
             if let (None, Some(variant)) = (density.share, reference) {
                 say(Message::Doing(format!("{}: inputs of density {}", job.backend, density.target)));
-                structure.share = bench.tune(&structure, noise, &variant.options, density.target)?.0;
+                let (share, found) = bench.tune(&structure, noise, &variant.options, density.target)?;
+                structure.share = share;
+                answer.notes.extend(out_of_reach(job.length, &variant.name, density.target, found));
             }
             structure.share = density.share.unwrap_or(structure.share);
             structure.length = cache.capacity;

@@ -21,6 +21,9 @@ use crate::report::job_bar;
 
 /// The name that the peers' process goes by.
 const PEERS: &str = "peers";
+/// Letters of the longest name of a peer's attention, and of a density behind a name.
+const PEER_NAME: usize = 16;
+const DENSITY_NAME: usize = 7;
 
 pub struct Run {
     report: Report,
@@ -35,11 +38,15 @@ pub struct Run {
     html: Option<PathBuf>,
     bar: ProgressBar,
     headed: bool,
+    /// Letters of the longest name of attention.
+    width: usize,
 }
 
 impl Run {
     /// Prepares a run of `jobs`, each of which is also put to the peers where they are asked for.
     pub fn new(args: &CommonArgs, jobs: usize) -> Result<Self, Error> {
+        let names = args.preset.iter().map(|preset| preset.name.len());
+        let width = names.max().unwrap_or(0).max(PEER_NAME) + DENSITY_NAME;
         let mut run = Self {
             report: Report::new(),
             begin: Instant::now(),
@@ -52,6 +59,7 @@ impl Run {
             html: args.html.clone(),
             bar: job_bar(args.quiet, jobs),
             headed: false,
+            width,
         };
         // Now, not after minutes of work: whether the files can be written.
         run.save()?;
@@ -170,9 +178,9 @@ impl Run {
     /// Puts a row into the table, unless standard output is for the JSON, and into the report.
     fn show(&mut self, row: Row) -> Result<(), Error> {
         if !self.json_to_stdout() {
-            let head = if self.headed { String::new() } else { table::head(&row) + "\n" };
+            let head = if self.headed { String::new() } else { table::head(&row, self.width) + "\n" };
             self.headed = true;
-            let text = format!("{head}{}\n", table::line(&row));
+            let text = format!("{head}{}\n", table::line(&row, self.width));
             self.bar.suspend(|| print(&text))?;
         }
         self.report.rows.push(row);

@@ -20,11 +20,11 @@ pub fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or(String::new(), |value| format!("{value:.digits$}"))
 }
 
-/// The heading of rows of the same kind.
-pub fn head(row: &Row) -> String {
+/// The heading of rows of the same kind; names of attention take `width` letters.
+pub fn head(row: &Row, width: usize) -> String {
     match row {
         Row::Op(_) => format!(
-            "{:<9} {:<5} {:>7} {:>6} {:>4}  {:<34} {:>10} {:>21} {:>7} {:>10} {:>9} {:>8} {:>7} {:>6} {:>8}",
+            "{:<9} {:<5} {:>7} {:>6} {:>4}  {:<width$} {:>10} {:>21} {:>7} {:>10} {:>9} {:>8} {:>7} {:>6} {:>8}",
             "backend",
             "type",
             "tokens",
@@ -42,7 +42,7 @@ pub fn head(row: &Row) -> String {
             "error"
         ),
         Row::Model(_) => format!(
-            "{:<12} {:<5} {:>7}  {:<34} {:>8} {:>17} {:>7} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}",
+            "{:<12} {:<5} {:>7}  {:<width$} {:>8} {:>17} {:>7} {:>9} {:>9} {:>7} {:>9} {:>8} {:>9}",
             "backend",
             "type",
             "tokens",
@@ -61,10 +61,10 @@ pub fn head(row: &Row) -> String {
 }
 
 /// A row.
-pub fn line(row: &Row) -> String {
+pub fn line(row: &Row, width: usize) -> String {
     match row {
-        Row::Op(row) => op(row),
-        Row::Model(row) => model(row),
+        Row::Op(row) => op(row, width),
+        Row::Model(row) => model(row, width),
     }
 }
 
@@ -73,10 +73,10 @@ pub fn attention(name: &str, target_density: Option<f64>) -> String {
     target_density.map_or(name.to_string(), |target| format!("{name} @ {target}"))
 }
 
-fn op(row: &OpRow) -> String {
+fn op(row: &OpRow, width: usize) -> String {
     let OpRow { backend, dtype, length, heads, kv_heads, head_dim, .. } = row;
     let (heads, name) = (format!("{heads}/{kv_heads}"), attention(&row.attention, row.target_density));
-    let start = format!("{backend:<9} {dtype:<5} {length:>7} {heads:>6} {head_dim:>4}  {name:<34}");
+    let start = format!("{backend:<9} {dtype:<5} {length:>7} {heads:>6} {head_dim:>4}  {name:<width$}");
     if let Some(reason) = &row.failed {
         return format!("{start} {reason}");
     }
@@ -107,10 +107,10 @@ pub fn plan_share(row: &OpRow) -> Option<f64> {
     (all > 0.0).then(|| before.sum::<f64>() / all)
 }
 
-fn model(row: &ModelRow) -> String {
+fn model(row: &ModelRow, width: usize) -> String {
     let ModelRow { backend, dtype, length, .. } = row;
     let name = attention(&row.attention, row.target_density);
-    let start = format!("{backend:<12} {dtype:<5} {length:>7}  {name:<34}");
+    let start = format!("{backend:<12} {dtype:<5} {length:>7}  {name:<width$}");
     if let Some(reason) = &row.failed {
         return format!("{start} {reason}");
     }

@@ -11,6 +11,8 @@ use crate::bench::worker;
 use crate::error::Error;
 use crate::tensors::{content, read_inputs};
 
+/// Lengths where nothing else is asked for.
+const LENGTHS: [usize; 2] = [8192, 32_768];
 /// Density of a model's structured inputs where nothing else is asked for.
 const DENSITY: f64 = 0.1;
 /// Query heads for each diffuse one.
@@ -89,17 +91,20 @@ fn shapes(args: &OpBenchArgs) -> Result<Vec<Shape>, Error> {
         if rows != keys {
             return refuse(format!("{rows} positions"), format!("{keys}, as many as tensor `k` has"));
         }
-        // The whole, or so many of its first tokens.
-        let asked: Vec<usize> = args.length.iter().copied().filter(|&length| length <= keys).collect();
-        let lengths = if asked.is_empty() { vec![keys] } else { asked };
+        if let Some(&long) = args.length.iter().find(|&&length| length > keys) {
+            let expected = format!("at most {keys}, the file's tokens");
+            return Err(Error::Argument { flag: "--length", found: long.to_string(), expected });
+        }
+        let lengths = if args.length.is_empty() { vec![keys] } else { args.length.clone() };
         let shape = |length| {
             let inputs = OpSource::Captured { file: file.clone() };
             Shape { length, heads, kv_heads, head_dim, inputs }
         };
         return Ok(lengths.into_iter().map(shape).collect());
     }
+    let lengths = if args.length.is_empty() { &LENGTHS[..] } else { &args.length };
     let mut shapes = Vec::new();
-    for &length in &args.length {
+    for &length in lengths {
         for &heads in &args.heads {
             for &kv_heads in &args.kv_heads {
                 for &head_dim in &args.head_dim {
