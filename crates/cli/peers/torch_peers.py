@@ -3,6 +3,8 @@
 sattn bench starts it. On a GPU attention is timed with FlashAttention-2 and cuDNN, on the CPU with torch's own kernel; the
 tensors are those that sattn attended. A model is a Llama of the same dimensions with random weights.
 """
+import contextlib
+import importlib
 import json
 import os
 import statistics
@@ -204,7 +206,7 @@ def model(job):
     dtype, limits = getattr(torch, DTYPES[job["dtype"]]), job["limits"]
     row = {**base_row(job, device), "kind": "model", "backend": "transformers", "model": "Llama, random weights"}
     try:
-        import transformers
+        transformers = seconds.time("peers' loading", lambda: importlib.import_module("transformers"))
     except ImportError:
         return {"rows": [], "seconds": seconds, "notes": ["transformers was left out: this Python does not have it"]}
     row["driver"] = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -272,8 +274,6 @@ def reason(error):
 
 
 try:
-    import contextlib
-
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention

@@ -17,6 +17,8 @@ const BOTTOM: f64 = 48.0;
 const LINE: f64 = 18.0;
 /// Width of a letter, about.
 const LETTER: f64 = 6.6;
+/// Letters of the name of a bar, at most.
+const LONGEST_NAME: usize = 72;
 
 /// Points of one line.
 #[derive(Debug, Clone, PartialEq)]
@@ -164,8 +166,9 @@ impl BarChart<'_> {
         const ROW: f64 = 24.0;
         let sum = |bar: &Bar| bar.parts.iter().sum::<f64>();
         let longest = self.bars.iter().map(sum).fold(0.0, f64::max);
-        let letters = self.bars.iter().map(|bar| bar.name.chars().count()).max().unwrap_or(0);
-        let left = (LETTER * letters as f64 + 16.0).min(WIDTH * 0.6);
+        let names: Vec<String> = self.bars.iter().map(|bar| shortened(&bar.name)).collect();
+        let letters = names.iter().map(|name| name.chars().count()).max().unwrap_or(0);
+        let left = LETTER * letters as f64 + 16.0;
         if longest <= 0.0 || !longest.is_finite() {
             return String::new();
         }
@@ -173,7 +176,7 @@ impl BarChart<'_> {
         let mut svg = open(legend + ROW * self.bars.len() as f64 + 8.0, &self.parts.join(", "));
         if legend > 0.0 {
             for (index, part) in self.parts.iter().enumerate() {
-                let x = WIDTH - NOTE - 110.0 * (self.parts.len() - index) as f64;
+                let x = WIDTH - NOTE - 130.0 * (self.parts.len() - index) as f64;
                 let _ = write!(
                     svg,
                     "<rect x=\"{x}\" y=\"4\" width=\"14\" height=\"14\" fill=\"{}\"/><text x=\"{}\" y=\"16\">{}</text>",
@@ -183,7 +186,7 @@ impl BarChart<'_> {
                 );
             }
         }
-        for (index, bar) in self.bars.iter().enumerate() {
+        for (index, (bar, name)) in self.bars.iter().zip(&names).enumerate() {
             let y = legend + ROW * index as f64;
             let whole = if self.shares { sum(bar) } else { longest };
             let _ = write!(
@@ -191,7 +194,7 @@ impl BarChart<'_> {
                 "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
                 left - 8.0,
                 y + 17.0,
-                escape(&bar.name)
+                escape(name)
             );
             let mut x = left;
             for (part, value) in bar.parts.iter().enumerate().filter(|(_, value)| **value > 0.0) {
@@ -217,6 +220,16 @@ fn open(height: f64, title: &str) -> String {
          height=\"{height}\" role=\"img\"><title>{}</title>",
         escape(title)
     )
+}
+
+/// A name without its middle where it is too long to stand beside a bar.
+fn shortened(name: &str) -> String {
+    let letters: Vec<char> = name.chars().collect();
+    if letters.len() <= LONGEST_NAME {
+        return name.to_string();
+    }
+    let (first, last) = (&letters[..LONGEST_NAME / 2], &letters[letters.len() - LONGEST_NAME / 2 + 1..]);
+    first.iter().chain(&['…']).chain(last).collect()
 }
 
 /// Colour and dashes of the line or part of this number.
@@ -291,6 +304,14 @@ mod tests {
         assert_eq!(chart(vec![(8192.0, 0.0)], true), "");
         assert!(chart(vec![(8192.0, 3.0)], true).contains("<circle"));
         assert_eq!(BarChart { parts: vec![], bars: vec![], shares: true }.svg(), "");
+    }
+
+    #[test]
+    fn long_names_lose_their_middle() {
+        assert_eq!(shortened("dense"), "dense");
+        let name = shortened(&format!("{}{}", "a".repeat(60), "b".repeat(60)));
+        assert_eq!(name.chars().count(), LONGEST_NAME);
+        assert!(name.starts_with("aa") && name.contains("a…b") && name.ends_with("bb"), "{name}");
     }
 
     #[test]

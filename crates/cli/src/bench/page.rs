@@ -241,6 +241,18 @@ fn whole_models(page: &mut Page, rows: &[&ModelRow]) {
         &LineChart { x_label: "tokens", y_label: "times dense", log_y: false, series }.svg(),
         "Time to the first token with dense attention over the same with SampleAttention.",
     );
+    let peers: Vec<&ModelRow> = rows.iter().copied().filter(|row| row.backend == "transformers").collect();
+    let series = lines(rows, model_series_of, |row| {
+        let peer = peers.iter().find(|peer| peer.length == row.length && row.backend != "transformers")?;
+        Some((length(row), peer.ttft?.median / row.ttft?.median))
+    });
+    if !series.is_empty() {
+        page.heading("Speed-up over transformers");
+        page.figure(
+            &LineChart { x_label: "tokens", y_label: "times transformers", log_y: false, series }.svg(),
+            "Time to the first token of transformers over ours.",
+        );
+    }
     let bars = rows.iter().filter_map(|row| {
         let parts = row.parts?;
         Some(Bar {

@@ -75,3 +75,56 @@ impl<B: Backend> ModuleMapper<B> for Cast {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use burn::module::ModuleVisitor;
+
+    use super::*;
+
+    #[test]
+    fn shapes_have_the_published_sizes() {
+        let billions = ModelConfig::SHAPES.map(|name| {
+            let config = ModelConfig::of_shape(name).unwrap();
+            let parameters: u64 = config.tensors().iter().map(|tensor| tensor.elements()).sum();
+            (parameters as f64 / 1e7).round() / 100.0
+        });
+        assert_eq!(billions, [6.24, 9.4, 7.74]);
+        assert_eq!(ModelConfig::of_shape("gpt-2"), None);
+    }
+
+    /// Types and mean squares of all parameters but norms and biases.
+    struct Weights(Vec<(DType, f64)>);
+
+    impl ModuleVisitor<Flex> for Weights {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Flex, D>>) {
+            let tensor = param.val();
+            let square = tensor.clone().cast(DType::F32).square().mean().into_scalar();
+            if D == 2 {
+                self.0.push((tensor.dtype(), square.into()));
+            }
+        }
+    }
+
+    #[test]
+    fn random_weights_are_small_and_of_the_type_asked_for() {
+        let Some(ModelConfig::ChatGlm(config)) = ModelConfig::of_shape("chatglm3-6b") else { panic!() };
+        let config = ChatGlmConfig {
+            hidden_size: 64,
+            num_layers: 2,
+            num_attention_heads: 4,
+            head_dim: 16,
+            ffn_hidden_size: 96,
+            padded_vocab_size: 128,
+            ..config
+        };
+        let model = ModelConfig::ChatGlm(config).init_random::<Flex>(DType::BF16, &Default::default());
+        let mut weights = Weights(Vec::new());
+        model.visit(&mut weights);
+        assert_eq!(weights.0.len(), 2 + 2 * 4);
+        for (dtype, square) in weights.0 {
+            assert!(dtype == DType::BF16 && (square.sqrt() - 0.02).abs() < 0.002, "{dtype:?} {square}");
+        }
+    }
+}
