@@ -39,6 +39,14 @@ pub enum Error {
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]
     Content { path: PathBuf, found: String },
+    #[error("{flag}: found {found}, expected {expected}")]
+    Argument { flag: &'static str, found: String, expected: String },
+    #[error("model: found neither a folder nor --shape, expected one of them")]
+    NoModel,
+    #[error("--shape: found '{found}', expected {}", long_context::models::ModelConfig::SHAPES.join(", "))]
+    Shape { found: String },
+    #[error("bench: nothing could be measured")]
+    NothingMeasured,
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("selftest: some checks failed")]
     Selftest,
@@ -48,7 +56,7 @@ impl Error {
     /// 2 for bad input, 1 for a failing device or stream.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            Self::Generate(GenerateError::Device(_)) | Self::Output(_) | Self::NothingMeasured => 1,
             #[cfg(any(feature = "cuda", feature = "wgpu"))]
             Self::Selftest => 1,
             Self::Device(long_context_runtime::Error::Failed(_)) => 1,

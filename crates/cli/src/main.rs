@@ -1,10 +1,12 @@
 //! `sattn`: long-context language models from the command line.
 
 mod args;
+mod bench;
 mod commands;
 mod error;
 mod report;
 mod session;
+mod tensors;
 
 use std::process::ExitCode;
 
@@ -29,6 +31,8 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Op(args) => commands::op::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Capture(args) => commands::capture::run(args),
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         Command::Selftest(args) => commands::selftest::run(args),
     });

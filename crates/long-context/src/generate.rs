@@ -7,7 +7,7 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 use thiserror::Error;
 
 use crate::backend::LayerBackend;
-use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer};
+use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer, StandIn};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
 
@@ -113,6 +113,11 @@ type EachChunk<'a, B> =
     dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError> + 'a;
 
 impl<B: LayerBackend> Generator<B> {
+    /// Lets all layers attend with other queries and keys from now on, or with their own again.
+    pub fn stand_in(&mut self, stand_in: Option<StandIn<B>>) {
+        self.cache.stand_in(stand_in);
+    }
+
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
     fn run(&mut self, ids: &[u32], each: &mut EachChunk<'_, B>) -> Result<(), GenerateError> {

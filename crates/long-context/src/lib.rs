@@ -6,3 +6,4 @@ pub mod generate;
 pub mod layers;
 pub mod models;
 pub mod sampler;
+pub mod stopwatch;

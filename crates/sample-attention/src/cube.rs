@@ -8,11 +8,12 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use burn_fusion::{Fusion, FusionBackend};
 use burn_std::Metadata;
 use sample_attention_kernels::{
-    self as kernels, AttentionShape, SampleAttentionOptions, TensorView, TileProduct,
+    self as kernels, AttentionShape, SampleAttentionOptions, StageTimes, TensorView, TileProduct,
 };
 
 use crate::backend::{AttentionBackend, Sparse, plain_dense};
 use crate::fusion::{Fusing, register};
+use crate::{Error, StagedBackend};
 
 impl<R, F, I, BT> AttentionBackend for CubeBackend<R, F, I, BT>
 where
@@ -68,6 +69,29 @@ where
             table: tensor(&q, plan.table, table, DType::I32),
             stripes: tensor(&q, plan.stripes, stripes, DType::I32),
         }
+    }
+}
+
+impl<R, F, I, BT> StagedBackend for CubeBackend<R, F, I, BT>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    fn time_stages(
+        q: CubeTensor<R>,
+        k: CubeTensor<R>,
+        v: CubeTensor<R>,
+        options: &SampleAttentionOptions,
+    ) -> Result<StageTimes, Error> {
+        let launched = launch(&q, &k, &v, |[q_view, k_view, v_view], output| {
+            kernels::time_stages(&q.client, [q_view, k_view, v_view, output], options)
+        });
+        launched.map(|(_, times)| times).map_err(|error| match error {
+            kernels::Error::Device(error) => Error::Device(error),
+            other => Error::Input(other),
+        })
     }
 }
 

@@ -2,6 +2,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::backend::{LayerBackend, float, tensor};
+use crate::stopwatch::{self, Part};
 
 /// Configuration of a [`Linear`] layer.
 #[derive(Debug, Clone)]
@@ -66,8 +67,11 @@ impl<B: LayerBackend> Linear<B> {
     }
 
     fn project(&self, x: Tensor<B, 3>, residual: Option<Tensor<B, 3>>) -> Tensor<B, 3> {
-        let bias = self.bias.as_ref().map(|bias| float(bias.val()));
-        tensor(B::project(float(x), float(self.weight.val()), bias, residual.map(float)))
+        let device = x.device();
+        stopwatch::part::<B, _>(Part::Products, &device, || {
+            let bias = self.bias.as_ref().map(|bias| float(bias.val()));
+            tensor(B::project(float(x), float(self.weight.val()), bias, residual.map(float)))
+        })
     }
 }
 
@@ -79,6 +83,9 @@ impl<B: LayerBackend> Linear<B> {
 /// - x: `[batch, length, in]`
 /// - output: `[batch, length, out]`
 pub fn gated<B: LayerBackend>(gate: &Linear<B>, up: Option<&Linear<B>>, x: Tensor<B, 3>) -> Tensor<B, 3> {
-    let up = up.map(|up| float(up.weight.val()));
-    tensor(B::project_gated(float(x), float(gate.weight.val()), up))
+    let device = x.device();
+    stopwatch::part::<B, _>(Part::Products, &device, || {
+        let up = up.map(|up| float(up.weight.val()));
+        tensor(B::project_gated(float(x), float(gate.weight.val()), up))
+    })
 }

@@ -2,6 +2,7 @@
 
 pub mod chatglm;
 pub mod internlm2;
+mod shapes;
 
 use burn::module::Module;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
