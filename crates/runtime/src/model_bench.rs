@@ -1,10 +1,11 @@
 //! A model on a device, to be timed.
 
+use long_context::backend::LayerBackend;
 use long_context::cache::StandIn;
 use long_context::generate::{Engine, Generator, GeneratorConfig};
 use long_context::models::ModelConfig;
 use long_context_weights::{Checkpoint, Progress};
-use sample_attention::{AttentionBackend, SampleAttentionOptions};
+use sample_attention::SampleAttentionOptions;
 
 use crate::structured::{Ground, Noise, Structure};
 use crate::{Device, Error, Kind};
@@ -82,7 +83,7 @@ impl Device {
     }
 }
 
-fn bench<B: AttentionBackend>(
+fn bench<B: LayerBackend>(
     device: B::Device,
     (config, weights, limits): (&ModelConfig, Weights<'_>, &GeneratorConfig),
     progress: Progress,
@@ -96,14 +97,14 @@ fn bench<B: AttentionBackend>(
     Ok(Box::new(Bench { generator, limits: limits.clone(), device, bytes: Box::new(bytes) }))
 }
 
-struct Bench<B: AttentionBackend> {
+struct Bench<B: LayerBackend> {
     generator: Generator<B>,
     limits: GeneratorConfig,
     device: B::Device,
     bytes: Box<dyn Fn() -> Option<u64>>,
 }
 
-impl<B: AttentionBackend> ModelBench for Bench<B> {
+impl<B: LayerBackend> ModelBench for Bench<B> {
     fn engine(&mut self) -> &mut dyn Engine {
         &mut self.generator
     }
