@@ -34,6 +34,10 @@ pub enum Error {
     )]
     ContextTooLong { found: usize, range: usize },
     #[error(transparent)]
+    Eval(#[from] long_context_eval::Error),
+    #[error("{flag}: found {found}, expected {expected}")]
+    Flag { flag: &'static str, found: String, expected: String },
+    #[error(transparent)]
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]
     Content { path: PathBuf, found: String },
@@ -47,6 +51,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            Self::Eval(long_context_eval::Error::Generate(GenerateError::Device(_))) => 1,
             #[cfg(any(feature = "cuda", feature = "wgpu"))]
             Self::Selftest => 1,
             Self::Device(long_context_runtime::Error::Failed(_)) => 1,

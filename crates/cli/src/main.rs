@@ -27,6 +27,8 @@ fn main() -> ExitCode {
         Command::Info(args) => commands::info::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Eval(command) => commands::eval::run(command),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Op(args) => commands::op::run(args),
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         Command::Selftest(args) => commands::selftest::run(args),

@@ -167,6 +167,11 @@ pub fn prefill_bar(quiet: bool, tokens: usize) -> ProgressBar {
     bar(quiet, tokens as u64, "prefill {wide_bar} {pos}/{len} tokens {per_sec}")
 }
 
+/// A bar over the steps of an evaluation.
+pub fn step_bar(quiet: bool, steps: usize) -> ProgressBar {
+    bar(quiet, steps as u64, "{wide_bar} {pos}/{len} {eta} left")
+}
+
 fn bar(quiet: bool, length: u64, template: &str) -> ProgressBar {
     let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());

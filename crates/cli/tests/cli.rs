@@ -2,6 +2,8 @@
 //!
 //! `examples/checkpoint.sh target/checkpoint` makes the trained model.
 
+mod eval;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -5,3 +5,4 @@ pub mod generate;
 pub mod layers;
 pub mod models;
 pub mod sampler;
+mod stop;

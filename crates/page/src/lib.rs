@@ -1,5 +1,7 @@
 //! Self-contained HTML pages: one file that opens anywhere, with nothing beside it and no script.
 
+pub mod heatmap;
+
 use std::fmt::Write;
 
 /// A page under construction.
