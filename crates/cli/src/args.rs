@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::bench::args::{BenchArgs, CaptureArgs};
 
+pub use crate::commands::eval::args::EvalCommand;
+pub use crate::commands::inspect::InspectArgs;
+
 /// Long-context language models with SampleAttention.
 #[derive(Debug, Parser)]
 #[command(name = "sattn", version, max_term_width = 100)]
@@ -35,6 +38,11 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write the logits after every token, [n, vocab] in f32, to a safetensors file
     Logits(LogitsArgs),
+    /// Measure what an attention costs in quality: hidden keys, perplexity, LongBench, rules side by side
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Show what an attention kept of a prompt, head by head, as a page
+    Inspect(InspectArgs),
     /// Run SampleAttention on the tensors q, k and v of a file
     Op(OpArgs),
     /// Time attention or a model, kind against kind, backend against backend
@@ -272,13 +280,19 @@ impl ModelArgs {
 
 /// `3=paper` or `0-7=dense`.
 fn layers(text: &str) -> Result<(RangeInclusive<usize>, Preset), String> {
-    let parsed = || {
-        let (layers, preset) = text.split_once('=')?;
-        let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
-        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
-        (first <= last && last < MOST_LAYERS).then(|| Some((first..=last, preset.parse().ok()?)))?
-    };
-    parsed().ok_or_else(|| "expected layers and a preset, such as 0-2=dense or 7=paper".to_string())
+    let parsed = text
+        .split_once('=')
+        .and_then(|(layers, preset)| Some((layer_range(layers).ok()?, preset.parse().ok()?)));
+    parsed.ok_or_else(|| "expected layers and a preset, such as 0-2=dense or 7=paper".to_string())
+}
+
+/// `3` or `0-7`.
+pub fn layer_range(text: &str) -> Result<RangeInclusive<usize>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) if first <= last && last < MOST_LAYERS => Ok(first..=last),
+        _ => Err("expected layers, such as 4 or 0-7".to_string()),
+    }
 }
 
 const MOST_LAYERS: usize = 10_000;

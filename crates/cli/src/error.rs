@@ -36,6 +36,10 @@ pub enum Error {
     #[error("--tokens: found {found}, expected {least} to {most} (the bundled text under this tokenizer)")]
     DemoTokens { found: usize, least: usize, most: usize },
     #[error(transparent)]
+    Eval(#[from] long_context_eval::Error),
+    #[error("{flag}: found {found}, expected {expected}")]
+    Flag { flag: &'static str, found: String, expected: String },
+    #[error(transparent)]
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]
     Content { path: PathBuf, found: String },
@@ -57,6 +61,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Generate(GenerateError::Device(_)) | Self::Output(_) | Self::NothingMeasured => 1,
+            Self::Eval(long_context_eval::Error::Generate(GenerateError::Device(_))) => 1,
             #[cfg(any(feature = "cuda", feature = "wgpu"))]
             Self::Selftest => 1,
             Self::Device(long_context_runtime::Error::Failed(_)) => 1,

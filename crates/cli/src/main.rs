@@ -30,6 +30,8 @@ fn main() -> ExitCode {
         Command::Info(args) => commands::info::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Eval(command) => commands::eval::run(command),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Op(args) => commands::op::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Capture(args) => commands::capture::run(args),

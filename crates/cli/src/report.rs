@@ -182,6 +182,11 @@ pub fn job_bar(quiet: bool, jobs: usize) -> ProgressBar {
     bar
 }
 
+/// A bar over the steps of an evaluation.
+pub fn step_bar(quiet: bool, steps: usize) -> ProgressBar {
+    bar(quiet, steps as u64, "{wide_bar} {pos}/{len} {eta} left")
+}
+
 fn bar(quiet: bool, length: u64, template: &str) -> ProgressBar {
     let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());

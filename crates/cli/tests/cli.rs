@@ -4,6 +4,7 @@
 
 #[path = "cli/bench.rs"]
 mod bench;
+mod eval;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

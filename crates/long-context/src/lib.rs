@@ -6,4 +6,5 @@ pub mod generate;
 pub mod layers;
 pub mod models;
 pub mod sampler;
+mod stop;
 pub mod stopwatch;

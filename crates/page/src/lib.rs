@@ -1,6 +1,7 @@
 //! Self-contained HTML pages: one file that opens anywhere, with nothing beside it and no script.
 
 pub mod chart;
+pub mod heatmap;
 
 use std::fmt::Write;
 

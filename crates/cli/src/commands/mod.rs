@@ -4,8 +4,10 @@ pub mod bench;
 pub mod capture;
 pub mod chat;
 pub mod demo;
+pub mod eval;
 pub mod generate;
 pub mod info;
+pub mod inspect;
 pub mod logits;
 pub mod op;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
@@ -19,6 +21,10 @@ use crate::error::Error;
 
 fn read_file(path: &Path) -> Result<String, Error> {
     std::fs::read_to_string(path).map_err(|error| Error::File { path: path.to_path_buf(), error })
+}
+
+fn write_file(path: &Path, content: impl AsRef<[u8]>) -> Result<(), Error> {
+    std::fs::write(path, content).map_err(|error| Error::File { path: path.to_path_buf(), error })
 }
 
 fn read_stdin() -> Result<String, Error> {

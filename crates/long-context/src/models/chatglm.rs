@@ -190,6 +190,10 @@ impl<B: LayerBackend> ChatGlm<B> {
         self.head.forward(hidden)
     }
 
+    pub(super) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     pub(super) fn vocab_size(&self) -> usize {
         self.config.padded_vocab_size
     }

@@ -196,6 +196,10 @@ impl<B: LayerBackend> InternLm2<B> {
         self.head.forward(hidden)
     }
 
+    pub(super) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     pub(super) fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }

@@ -176,6 +176,14 @@ pub enum ModelError {
         /// Positions allocated.
         capacity: usize,
     },
+    /// Hidden states that are no rows of the model's width.
+    #[error("hidden states: found {found} values, expected rows of {width}")]
+    Hidden {
+        /// Values given.
+        found: usize,
+        /// Width of the residual stream.
+        width: usize,
+    },
 }
 
 /// A model of any supported family.
@@ -292,6 +300,14 @@ impl<B: LayerBackend> Model<B> {
         match self {
             Self::ChatGlm(model) => model.logits(hidden),
             Self::InternLm2(model) => model.logits(hidden),
+        }
+    }
+
+    /// Width of the residual stream.
+    pub(crate) fn hidden_size(&self) -> usize {
+        match self {
+            Self::ChatGlm(model) => model.hidden_size(),
+            Self::InternLm2(model) => model.hidden_size(),
         }
     }
 
