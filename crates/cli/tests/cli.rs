@@ -4,6 +4,7 @@
 
 #[path = "cli/bench.rs"]
 mod bench;
+#[path = "cli/eval.rs"]
 mod eval;
 
 use std::io::Write;
