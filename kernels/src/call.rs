@@ -9,7 +9,6 @@ use crate::{
     ladder::levels,
     mma_columns::sample_bytes,
     mma_tile::MmaTile,
-    plane_tile::PlaneTile,
     square_tile::SquareTile,
     tensor::{Inputs, TensorView},
     walk::SizesLaunch,
@@ -26,8 +25,6 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub scale: f32,
     /// Tiles of plain units or cooperative matrices.
     pub square: SquareTile,
-    /// Row tiles of cooperative matrices, where they are used.
-    pub plane: Option<PlaneTile>,
     /// Tiles of `mma` products, where they are used instead.
     pub mma: Option<MmaTiles>,
 }
@@ -70,14 +67,12 @@ impl<'a, R: Runtime> Call<'a, R> {
         let properties = client.properties();
         let (block_size, head_dim) = (options.block_size, shape.head_dim);
         let product = options.product;
-        let (mut mma, mut fragments, mut plane) = (None, None, None);
+        let (mut mma, mut fragments) = (None, None);
         if matches!(product, TileProduct::Auto | TileProduct::Mma) {
             mma = MmaTiles::new(properties, &inputs, options);
         }
         if product == TileProduct::Cmma || (product == TileProduct::Auto && mma.is_none()) {
-            plane = PlaneTile::new(properties, block_size, head_dim, inputs.q.dtype);
-            fragments = SquareTile::by_fragments(properties, block_size, head_dim, inputs.q.dtype)
-                .filter(|_| plane.is_some());
+            fragments = SquareTile::by_fragments(properties, block_size, head_dim, inputs.q.dtype);
         }
         let missing = match product {
             TileProduct::Auto | TileProduct::Units => false,
@@ -100,7 +95,6 @@ impl<'a, R: Runtime> Call<'a, R> {
             rows,
             scale: shape.scale(options) as f32,
             square: fragments.unwrap_or_else(units),
-            plane,
             mma,
             inputs,
             shape,

@@ -31,10 +31,10 @@ pub(crate) const PART: usize = 4;
 const UNIT_CHUNK: usize = 16;
 
 /// Elements between staged rows of cooperative matrices, against bank conflicts: 16 bytes.
-pub(crate) const PADDING: usize = 8;
+const PADDING: usize = 8;
 
 /// Alignment that cooperative matrices ask of shared memory, in bytes.
-pub(crate) const ALIGNMENT: usize = 32;
+const ALIGNMENT: usize = 32;
 
 /// Edge of a score tile, the length of its rows, and what multiplies them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

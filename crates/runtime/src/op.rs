@@ -66,12 +66,13 @@ fn run<B: AttentionBackend>(
     let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|(values, shape)| {
         Tensor::<B, 4>::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
     });
-    let shape = sample_attention::check(&q, &k, &v, options)?;
-    let Attended { output, lse, plan } = sample_attention_with_plan(q, k, v, options)?;
+    let shape = sample_attention::check(&q, &k, &v, options).map_err(Error::Input)?;
+    let Attended { output, lse, plan } =
+        sample_attention_with_plan(q, k, v, options).map_err(Error::Input)?;
     let (recall, plans) = match plan {
         Some(plan) => {
             let recall = floats(plan.recall.clone())?.into_iter().step_by(2).collect();
-            (recall, plan.read()?)
+            (recall, plan.read().map_err(Error::Input)?)
         }
         None => {
             let heads = shape.heads();
@@ -95,7 +96,7 @@ fn run<B: AttentionBackend>(
     })
 }
 
-pub(crate) fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
+fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| Error::Failed(error.to_string()))?;
-    data.into_vec().map_err(|error| Error::Failed(format!("{error:?}")))
+    Ok(data.iter::<f32>().collect())
 }

@@ -23,16 +23,14 @@
 #[cfg(feature = "autodiff")]
 mod autodiff;
 mod backend;
-pub mod cache;
+mod cache;
 #[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(feature = "cube")]
-pub mod cube;
+mod cube;
 mod error;
 #[cfg(feature = "flex")]
 mod flex;
-#[cfg(feature = "cube")]
-pub mod fusion;
 #[cfg(feature = "autodiff")]
 mod gradient;
 mod module;
@@ -42,7 +40,6 @@ pub mod plain;
 mod preset;
 mod report;
 pub mod rotary;
-mod stages;
 
 use std::fmt::Debug;
 
@@ -54,10 +51,7 @@ pub use error::Error;
 pub use module::{SampleAttention, SampleAttentionConfig};
 pub use preset::Preset;
 pub use report::{HeadReport, Plan, Report, Summary};
-pub use sample_attention_plan::{
-    AttentionShape, HostPlan, Rule, SampleAttentionOptions, Stage, StageTimes, reference,
-};
-pub use stages::{StagedBackend, time_stages};
+pub use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptions};
 
 /// SampleAttention: causal softmax attention over the keys that sampled query rows ask for.
 ///

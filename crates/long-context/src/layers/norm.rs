@@ -1,7 +1,5 @@
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Tensor, backend::Backend};
-
-use crate::backend::{LayerBackend, float, tensor};
+use burn::tensor::{DType, Tensor, backend::Backend};
 
 /// Configuration of an [`RmsNorm`] layer.
 #[derive(Debug, Clone)]
@@ -43,13 +41,21 @@ pub struct RmsNorm<B: Backend> {
     cast_before_weight: bool,
 }
 
-impl<B: LayerBackend> RmsNorm<B> {
+impl<B: Backend> RmsNorm<B> {
     /// Normalizes the last dimension.
     ///
     /// # Shapes
     ///
     /// - x, output: `[batch, length, size]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        tensor(B::rms_norm(float(x), float(self.weight.val()), self.epsilon, self.cast_before_weight))
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
+        let normalized = x.clone() / (x.square().mean_dim(2) + self.epsilon).sqrt();
+        let weight = self.weight.val();
+        if self.cast_before_weight {
+            normalized.cast(dtype) * weight.unsqueeze()
+        } else {
+            (normalized * weight.cast(DType::F32).unsqueeze()).cast(dtype)
+        }
     }
 }
