@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{CODE_OF_BAD_INPUT, json as run_json, root, sattn, stderr, stdout, succeed, tiny};
+use super::{CODE_OF_BAD_INPUT, json as run_json, root, sattn, stderr, stdout, succeed, tiny, trained};
 
 /// Small enough to leave something out of a few hundred tokens.
 const SPARSE: &str = r#"sparse={"dense_below":0,"block_size":16,"tail_rows":16,"min_rows":8,"alpha":0.5,"window_ratio":0.02,"dense_cost":null}"#;
@@ -84,9 +84,9 @@ fn needles_are_hidden_and_counted() {
         lines[1].starts_with("dense") && lines[1].contains("1.000") && lines[1].ends_with("/4"),
         "{table}"
     );
-    let page = std::fs::read_to_string(html).unwrap();
+    let page = std::fs::read_to_string(&html).unwrap();
     assert_eq!(page.matches("<svg").count(), 4, "a map for each variant and attention");
-    assert!(std::fs::read(png).unwrap().starts_with(b"\x89PNG"));
+    assert!(std::fs::read(&png).unwrap().starts_with(b"\x89PNG"));
 
     let report = run_json(&[&written[..written.len() - 4], &["--json"]].concat(), "");
     let trials = report["trials"].as_array().unwrap();
@@ -134,8 +134,8 @@ fn perplexity_compares_with_dense_attention() {
     let number = |result: usize, field: &str| results[result][field].as_f64().unwrap();
     assert_eq!((number(0, "divergence"), number(0, "agreement"), number(0, "density")), (0.0, 1.0, 1.0));
     assert!(number(1, "divergence") > 0.0 && number(1, "density") < 0.95, "{report}");
-    // Random weights predict 256 tokens about evenly.
-    assert!((100.0..1000.0).contains(&number(0, "perplexity")), "{report}");
+    // Random weights predict 256 tokens no better than chance.
+    assert!(number(0, "perplexity") > 256.0, "{report}");
     assert_eq!(results[1]["buckets"].as_array().unwrap().len(), 4);
     let table = stdout(&succeed(&args, ""));
     assert!(table.contains("perplexity") && table.contains("KL sparse") && table.contains("0-99"), "{table}");
@@ -294,4 +294,30 @@ fn evaluations_refuse_what_does_not_fit() {
         assert!(output.stdout.is_empty(), "{args:?}");
         assert!(stderr(&output).contains(message), "{args:?}: found {}, expected {message}", stderr(&output));
     }
+}
+
+#[test]
+fn a_trained_model_finds_its_keys() {
+    let args = [
+        "eval",
+        "needle",
+        &trained("internlm2"),
+        "--lengths",
+        "1300",
+        "--depths",
+        "40",
+        "--variants",
+        "single",
+        "--attention",
+        "dense,joint",
+        "--backend",
+        "cpu",
+        "--quiet",
+        "--json",
+    ];
+    let report = run_json(&args, "");
+    for trial in report["trials"].as_array().unwrap() {
+        assert_eq!(trial["found"], 1, "{trial}");
+    }
+    assert!(report["trials"][1]["density"].as_f64().unwrap() < 0.8, "{report}");
 }

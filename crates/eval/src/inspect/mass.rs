@@ -19,11 +19,15 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Cells of whole blocks, `most` of them at most.
-    pub fn new(tokens: usize, block_size: usize, most: usize) -> Self {
-        let blocks = tokens.div_ceil(block_size).max(1);
-        let size = blocks.div_ceil(most.max(1)) * block_size;
-        Self { size, cells: tokens.div_ceil(size).max(1) }
+    /// At most `most` cells in each direction: of several blocks each for a long prompt, of halves of blocks
+    /// for a short one, as long as they have `least` positions.
+    pub fn new(tokens: usize, block_size: usize, most: usize, least: usize) -> Self {
+        let cells = |size: usize| tokens.div_ceil(size).max(1);
+        let mut size = cells(block_size).div_ceil(most.max(1)) * block_size;
+        while size <= block_size && size.is_multiple_of(2) && size / 2 >= least && cells(size / 2) <= most {
+            size /= 2;
+        }
+        Self { size, cells: cells(size) }
     }
 
     fn cell(&self, position: usize) -> usize {
@@ -60,6 +64,8 @@ pub struct HeadMass {
     pub bands: (usize, usize),
     /// Whether the last plan was dense.
     pub dense: bool,
+    /// Mean mass that the last plan kept of the rows it was chosen from.
+    pub sampled: f32,
 }
 
 impl HeadMass {
@@ -79,6 +85,7 @@ impl HeadMass {
             stripes: 0,
             bands: (0, 0),
             dense: true,
+            sampled: 1.0,
         }
     }
 
@@ -223,12 +230,13 @@ impl Collector {
         mass.rows += 1;
         mass.rows_of_cell[row_cell] += 1;
         let mut all_lost = 0.0;
-        for (block, weights) in weights.chunks(self.options.block_size).enumerate() {
-            let start = block * self.options.block_size;
+        let part = self.grid.size.min(self.options.block_size);
+        for (index, weights) in weights.chunks(part).enumerate() {
+            let start = index * part;
             let cell = row_cell * self.grid.cells + self.grid.cell(start);
             mass.mass[cell] += weights.iter().sum::<f32>();
             let mut held = weights.len();
-            if !kept.block(position, block) {
+            if !kept.block(position, start) {
                 let stripes = kept.stripes(start..start + weights.len());
                 held = stripes.len();
                 let mut lost = weights.iter().sum::<f32>();
@@ -271,9 +279,9 @@ impl<'a> KeptKeys<'a> {
         Self { plan, tail_start: shape.tail_start(options), block_size: options.block_size }
     }
 
-    /// Whether a row keeps a block whatever its stripes.
-    fn block(&self, position: usize, block: usize) -> bool {
-        let band = position / self.block_size - block;
+    /// Whether a row keeps the block of a key whatever its stripes.
+    fn block(&self, position: usize, key: usize) -> bool {
+        let band = position / self.block_size - key / self.block_size;
         self.plan.dense || self.plan.bands[band] || position >= self.tail_start
     }
 

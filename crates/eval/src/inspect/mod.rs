@@ -16,7 +16,9 @@ pub use mass::{Collector, Grid, HeadMass};
 use crate::{NamedAttention, Progress, Result};
 
 /// Cells of a picture in each direction, at most.
-const CELLS: usize = 96;
+const CELLS: usize = 128;
+/// A cell is no smaller, so that a row's noise is not taken for a pattern.
+const LEAST_TOKENS: usize = 16;
 
 /// What to look at.
 #[derive(Debug, Clone)]
@@ -44,7 +46,9 @@ impl InspectConfig {
         progress: &mut Progress<'_>,
     ) -> Result<Inspection> {
         let options = self.attention.options;
-        let grid = Grid::new(ids.len(), options.block_size, CELLS);
+        // Each cell has a row to look at.
+        let least = options.block_size.div_ceil(self.rows_per_block.max(1)).max(LEAST_TOKENS);
+        let grid = Grid::new(ids.len(), options.block_size, CELLS, least);
         let collector = Collector::new(ids.len(), grid, options, self.rows_per_block);
         let state = Rc::new(RefCell::new((Some(collector), None)));
         let seen = Rc::clone(&state);
@@ -64,7 +68,12 @@ impl InspectConfig {
         if let Some(error) = failure {
             return Err(GenerateError::Device(error).into());
         }
-        let heads = collector.map(Collector::into_heads).unwrap_or_default();
+        let mut heads = collector.map(Collector::into_heads).unwrap_or_default();
+        for report in engine.take_reports()? {
+            for head in heads.iter_mut().filter(|head| head.layer == report.layer) {
+                head.sampled = report.report.heads[head.head].recall_mean;
+            }
+        }
         Ok(Inspection { config: self, tokens: ids.len(), grid, heads })
     }
 }

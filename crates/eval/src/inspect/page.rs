@@ -37,13 +37,15 @@ impl Inspection {
         let mut page = Page::new(&format!("What attention {} kept of a prompt", attention.name));
         page.paragraph(&format!(
             "{model}, {} tokens, layers {} to {}, {} heads. Kept {:.3} of all query-key pairs, which held {:.4} \
-             of the attention. Rows of attention were computed exactly, {} of every {}.",
+             of the attention, and {:.4} of that of the rows they were chosen from. Rows of attention were computed \
+             exactly, {} of every {}.",
             self.tokens,
             self.config.layers.start(),
             self.heads.last().map_or(0, |head| head.layer),
             self.heads.len(),
             self.density(),
             self.recall(),
+            self.mean(|head| f64::from(head.sampled)),
             self.config.rows_per_block.min(attention.options.block_size),
             attention.options.block_size
         ));
@@ -218,7 +220,11 @@ impl Inspection {
             caption += "dense.";
             return caption;
         }
-        let _ = write!(caption, "{} stripes, {} of {} bands.", head.stripes, head.bands.0, head.bands.1);
+        let _ = write!(
+            caption,
+            "{} stripes, {} of {} bands, which kept {:.3} of the rows they were chosen from.",
+            head.stripes, head.bands.0, head.bands.1, head.sampled
+        );
         let mut order: Vec<usize> = (0..head.lost_by_key.len()).collect();
         order.sort_by(|&a, &b| head.lost_by_key[b].total_cmp(&head.lost_by_key[a]));
         let named = order.iter().take(NAMED).filter(|&&at| head.lost_by_key[at] > 0.0).map(|&at| {

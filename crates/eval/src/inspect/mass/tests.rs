@@ -38,8 +38,8 @@ fn plan() -> HostPlan {
     HostPlan { dense: false, bands, stripes: vec![3, 17, 40], density: 0.5 }
 }
 
-fn collected(rows: usize, seen: &[Observation]) -> Vec<HeadMass> {
-    let mut collector = Collector::new(TOKENS, Grid::new(TOKENS, 16, 96), options(), rows);
+fn collected(rows: usize, cells: usize, seen: &[Observation]) -> Vec<HeadMass> {
+    let mut collector = Collector::new(TOKENS, Grid::new(TOKENS, 16, cells, 4), options(), rows);
     for seen in seen {
         collector.add(seen).unwrap();
     }
@@ -48,7 +48,7 @@ fn collected(rows: usize, seen: &[Observation]) -> Vec<HeadMass> {
 
 #[test]
 fn mass_is_kept_or_lost_as_the_mask_says() {
-    let heads = collected(16, &[observation(0, TOKENS, plan())]);
+    let heads = collected(16, 20, &[observation(0, TOKENS, plan())]);
     assert_eq!(heads.len(), HEADS);
     let shape =
         AttentionShape { batch: 1, q_heads: 2, kv_heads: 1, q_len: TOKENS, kv_len: TOKENS, head_dim: WIDTH };
@@ -85,8 +85,8 @@ fn mass_is_kept_or_lost_as_the_mask_says() {
 #[test]
 fn chunks_add_up_to_the_whole() {
     let dense = || HostPlan::dense(TOKENS / 16);
-    let whole = collected(16, &[observation(0, TOKENS, dense())]);
-    let parts = collected(16, &[observation(0, 32, HostPlan::dense(2)), observation(32, 48, dense())]);
+    let whole = collected(16, 20, &[observation(0, TOKENS, dense())]);
+    let parts = collected(16, 20, &[observation(0, 32, HostPlan::dense(2)), observation(32, 48, dense())]);
     for (whole, parts) in whole.iter().zip(&parts) {
         assert_eq!((whole.rows, parts.recall()), (parts.rows, 1.0));
         let difference = whole.mass.iter().zip(&parts.mass).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -96,15 +96,17 @@ fn chunks_add_up_to_the_whole() {
 
 #[test]
 fn few_rows_stand_for_a_block() {
-    let heads = collected(4, &[observation(0, TOKENS, plan())]);
+    let heads = collected(4, 5, &[observation(0, TOKENS, plan())]);
     assert_eq!(heads[0].rows_of_cell, [4; 5]);
     assert!((heads[0].density() - 0.5).abs() < 1e-9);
     assert_eq!((heads[0].stripes, heads[0].bands), (3, (2, 5)));
 }
 
 #[test]
-fn a_grid_covers_a_prompt_with_whole_blocks() {
-    assert_eq!(Grid::new(8192, 128, 96), Grid { size: 128, cells: 64 });
-    assert_eq!(Grid::new(20_000, 128, 96), Grid { size: 256, cells: 79 });
-    assert_eq!(Grid::new(5, 128, 96), Grid { size: 128, cells: 1 });
+fn a_grid_covers_a_prompt_with_blocks_or_parts_of_them() {
+    assert_eq!(Grid::new(8192, 128, 96, 16), Grid { size: 128, cells: 64 });
+    assert_eq!(Grid::new(20_000, 128, 96, 16), Grid { size: 256, cells: 79 });
+    assert_eq!(Grid::new(1000, 128, 96, 16), Grid { size: 16, cells: 63 });
+    assert_eq!(Grid::new(1000, 128, 96, 40), Grid { size: 64, cells: 16 });
+    assert_eq!(Grid::new(5, 128, 96, 128), Grid { size: 128, cells: 1 });
 }
