@@ -38,10 +38,12 @@ pub struct Haystack<'a> {
 /// A prompt and what its answer should hold.
 #[derive(Debug, Clone)]
 pub struct NeedlePrompt {
-    /// The prompt.
+    /// The prompt, up to where the first key should come.
     pub ids: Vec<u32>,
     /// The keys asked for.
     pub keys: Vec<String>,
+    /// What leads from each key to the next.
+    pub leads: Vec<Vec<u32>>,
 }
 
 /// What tells one prompt from another.
@@ -86,7 +88,7 @@ impl<'a> Haystack<'a> {
         let mut depths = vec![place.depth as f64 / 100.0];
         depths.extend((1..needles.hidden.len()).map(|_| random.random_range(0.0..1.0)));
 
-        let ask = |text: &str| prompter.ask(&format!("{text}\n\n{}", needles.question), &needles.begun);
+        let ask = |text: &str| prompter.ask(&format!("{text}\n\n{}", needles.question), &needles.begun[0]);
         let bare = ask(&needles.hidden.concat())?.len();
         let mut budget = place.length.saturating_sub(bare);
         loop {
@@ -98,7 +100,9 @@ impl<'a> Haystack<'a> {
             }
             let ids = ask(&hide(&text, &needles.hidden, &depths))?;
             if ids.len() <= place.length {
-                return Ok(NeedlePrompt { ids, keys: needles.asked });
+                let lead = |begun: &String| prompter.tokenizer().encode(&format!(".\n{begun}"));
+                let leads = needles.begun[1..].iter().map(lead).collect();
+                return Ok(NeedlePrompt { ids, keys: needles.asked, leads });
             }
             budget = budget.saturating_sub(ids.len() - place.length);
         }
@@ -161,12 +165,12 @@ fn hide(sentences: &[&str], needles: &[String], depths: &[f64]) -> String {
     pairs.collect::<String>() + &last
 }
 
-/// What is hidden, what is asked, and how the answer is begun for the model.
+/// What is hidden, what is asked, and how the answer is begun for the model, key by key.
 struct Needles {
     hidden: Vec<String>,
     asked: Vec<String>,
     question: String,
-    begun: String,
+    begun: Vec<String>,
 }
 
 impl Needles {
@@ -182,7 +186,7 @@ impl Needles {
                 hidden: vec![format!("The pass key is {key}. Remember it: {key} is the pass key.")],
                 asked: vec![key],
                 question: "What is the pass key?".to_string(),
-                begun: "The pass key is".to_string(),
+                begun: vec!["The pass key is".to_string()],
             };
         }
         let places: Vec<&str> = PLACES.sample(random, KEYS).copied().collect();
@@ -192,12 +196,13 @@ impl Needles {
             )
         };
         let hidden = keys.iter().zip(&places).map(sentence).collect();
+        let begun = |place: &&str| format!("The pass key of the {place} is");
         if variant == Variant::Choice {
             return Self {
                 hidden,
                 asked: vec![keys[0].clone()],
                 question: format!("What is the pass key of the {}?", places[0]),
-                begun: format!("The pass key of the {} is", places[0]),
+                begun: vec![begun(&places[0])],
             };
         }
         let list = format!("the {}, the {} and the {}", places[0], places[1], places[2]);
@@ -205,7 +210,7 @@ impl Needles {
             hidden,
             asked: keys,
             question: format!("What are the pass keys of {list}?"),
-            begun: format!("The pass keys of {list} are"),
+            begun: places.iter().map(begun).collect(),
         }
     }
 }
