@@ -184,6 +184,12 @@ fn gradients_are_those_of_the_plain_reference() {
 }
 
 #[test]
+#[cfg(all(feature = "flex", feature = "vulkan"))]
+fn gradients_are_those_of_the_plain_reference_on_vulkan() {
+    gradients::<burn::backend::Vulkan>(1e-3);
+}
+
+#[test]
 #[cfg(feature = "flex")]
 fn the_module_is_the_same_in_chunks_and_packed() {
     use burn::backend::Flex;

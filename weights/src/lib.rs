@@ -21,6 +21,7 @@ mod fields;
 mod header;
 mod load;
 mod prompt;
+mod save;
 mod shards;
 mod stream;
 mod tokenizer;
@@ -31,11 +32,13 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{DType, backend::Backend};
 use long_context::models::chatglm::RopeRatio;
 use long_context::models::{Model, ModelConfig};
+use tempfile::TempDir;
 
 pub use config::{Family, RopeRatioKind};
 pub use error::{Error, Result};
 pub use load::Progress;
 pub use prompt::{Chat, Message, Role};
+pub use save::{TokenIds, save_internlm2};
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;
 
@@ -47,6 +50,8 @@ pub struct Checkpoint {
     folder: PathBuf,
     config: Config,
     shards: Shards,
+    /// Where the files of [`from_files`](Checkpoint::from_files) lie; goes away with the checkpoint.
+    _unpacked: Option<TempDir>,
 }
 
 impl Checkpoint {
@@ -62,7 +67,23 @@ impl Checkpoint {
         let config = Config::read(&folder)?;
         let shards = Shards::open(&folder)?;
         load::check(&shards, &config.model.tensors())?;
-        Ok(Self { folder, config, shards })
+        Ok(Self { folder, config, shards, _unpacked: None })
+    }
+
+    /// Opens a checkpoint that a program carries inside itself: the names of a folder's files and their bytes.
+    /// They are unpacked into a temporary folder, which goes away with the checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open), or a temporary folder that cannot be written.
+    pub fn from_files(files: &[(&str, &[u8])]) -> Result<Self> {
+        let unpacked = tempfile::tempdir().map_err(Error::io(&std::env::temp_dir()))?;
+        for (name, bytes) in files {
+            let file = unpacked.path().join(name);
+            std::fs::write(&file, bytes).map_err(Error::io(&file))?;
+        }
+        let opened = Self::open(unpacked.path())?;
+        Ok(Self { _unpacked: Some(unpacked), ..opened })
     }
 
     /// The folder.

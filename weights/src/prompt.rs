@@ -105,6 +105,11 @@ impl<'a> Chat<'a> {
         &self.stop
     }
 
+    /// Whether there is a known format: without one, texts can be continued and messages cannot be answered.
+    pub fn has_format(&self) -> bool {
+        !matches!(self.format, Format::None)
+    }
+
     /// What every text begins with, chat or not.
     pub fn prefix(&self) -> Vec<u32> {
         let names: &[&str] = match self.checkpoint.family() {

@@ -160,6 +160,11 @@ impl Tokenizer {
         }
     }
 
+    /// Ids are below this.
+    pub fn vocab_size(&self) -> usize {
+        self.pieces.keys().chain(self.specials.keys()).max().map_or(0, |&last| last as usize + 1)
+    }
+
     /// Whether it is the family's own (`tokenizer.model`), whose prompts are known to the id.
     pub(crate) fn is_native(&self) -> bool {
         self.native

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -8,6 +9,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use long_context::cache::AttentionConfig;
 use long_context_runtime::BackendChoice;
 use sample_attention::{Preset, SampleAttentionOptions};
+use serde::{Deserialize, Serialize};
+
+use crate::bench::args::{BenchArgs, CaptureArgs};
 
 pub use crate::commands::eval::args::EvalCommand;
 pub use crate::commands::inspect::InspectArgs;
@@ -22,6 +26,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Find a pass key in a long text with dense attention and with SampleAttention, side by side
+    Demo(DemoArgs),
     /// Answer a prompt; the text goes to standard output, timings to standard error
     Generate(GenerateArgs),
     /// Talk with the model; /reset forgets the conversation, /stats shows timings, /quit ends
@@ -39,9 +45,37 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Run SampleAttention on the tensors q, k and v of a file
     Op(OpArgs),
+    /// Time attention or a model, kind against kind, backend against backend
+    Bench(BenchArgs),
+    /// Write the q, k and v that a layer attends on a text, for sattn op and sattn bench op
+    Capture(CaptureArgs),
     /// Check the kernels on this machine's device against float64, case by case
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     Selftest(SelftestArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Checkpoint folder: config.json, weights, tokenizer
+    pub dir: PathBuf,
+    /// Tokens of the prompt [default: 16384, or the model's range]
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub tokens: Option<usize>,
+    /// Where the pass key stands in the text: 0 is the beginning, 1 the end
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
+    pub depth: f64,
+    /// Attention to compare with dense: default, paper, fast or joint
+    #[arg(long, value_name = "PRESET", default_value = "default")]
+    pub attention: Preset,
+    /// Backend; auto takes CUDA, then a GPU through Vulkan or WebGPU, then the CPU, and says which
+    #[arg(short, long, value_enum, default_value = "auto")]
+    pub backend: BackendName,
+    /// Settles the pass key
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -124,7 +158,7 @@ pub struct LogitsArgs {
 
 #[derive(Debug, Args)]
 pub struct OpArgs {
-    /// Safetensors file with q [batch, heads, Sq, D], k and v [batch, kv heads, Sk, D]
+    /// Safetensors file with q [batch, heads, Sq, D], k and v [batch, kv heads, Sk, D], in f32, f16 or bf16
     pub input: PathBuf,
     /// JSON file with the options (alpha, row_ratio, window_ratio, coverage, ...), or an object that holds
     /// them under "config" [default: the default preset]
@@ -263,7 +297,8 @@ pub fn layer_range(text: &str) -> Result<RangeInclusive<usize>, String> {
 
 const MOST_LAYERS: usize = 10_000;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BackendName {
     Auto,
     /// NVIDIA, through CUDA
@@ -287,12 +322,30 @@ impl From<BackendName> for BackendChoice {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DtypeName {
     Auto,
     F32,
     F16,
     Bf16,
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        value_name(self, formatter)
+    }
+}
+
+impl fmt::Display for DtypeName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        value_name(self, formatter)
+    }
+}
+
+/// As the command line takes it.
+fn value_name(value: &impl ValueEnum, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+    value.to_possible_value().map_or(Ok(()), |value| formatter.pad(value.get_name()))
 }
 
 impl From<DtypeName> for Option<DType> {
@@ -314,6 +367,11 @@ pub enum RopeRatioMeaning {
     Base,
     /// It divides the positions (ChatGLM2-6B-32k)
     Position,
+}
+
+pub fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a number from 0 to 1".to_string())
 }
 
 pub fn positive(text: &str) -> Result<usize, String> {

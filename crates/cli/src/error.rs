@@ -33,6 +33,8 @@ pub enum Error {
         "--context: found {found} tokens, expected at most {range} (the model's range); --stretch-rope stretches it"
     )]
     ContextTooLong { found: usize, range: usize },
+    #[error("--tokens: found {found}, expected {least} to {most} (the bundled text under this tokenizer)")]
+    DemoTokens { found: usize, least: usize, most: usize },
     #[error(transparent)]
     Eval(#[from] long_context_eval::Error),
     #[error("{flag}: found {found}, expected {expected}")]
@@ -41,6 +43,14 @@ pub enum Error {
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]
     Content { path: PathBuf, found: String },
+    #[error("{flag}: found {found}, expected {expected}")]
+    Argument { flag: &'static str, found: String, expected: String },
+    #[error("model: found neither a folder nor --shape, expected one of them")]
+    NoModel,
+    #[error("--shape: found '{found}', expected {}", long_context::models::ModelConfig::SHAPES.join(", "))]
+    Shape { found: String },
+    #[error("bench: nothing could be measured")]
+    NothingMeasured,
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("selftest: some checks failed")]
     Selftest,
@@ -50,7 +60,7 @@ impl Error {
     /// 2 for bad input, 1 for a failing device or stream.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            Self::Generate(GenerateError::Device(_)) | Self::Output(_) | Self::NothingMeasured => 1,
             Self::Eval(long_context_eval::Error::Generate(GenerateError::Device(_))) => 1,
             #[cfg(any(feature = "cuda", feature = "wgpu"))]
             Self::Selftest => 1,

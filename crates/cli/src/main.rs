@@ -1,10 +1,12 @@
 //! `sattn`: long-context language models from the command line.
 
 mod args;
+mod bench;
 mod commands;
 mod error;
 mod report;
 mod session;
+mod tensors;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
     report::quiet_panics();
     // A device that runs out of memory panics inside its runtime, on whichever thread reads from it.
     let run = std::panic::catch_unwind(|| match cli.command {
+        Command::Demo(args) => commands::demo::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Chat(args) => commands::chat::run(args),
         Command::Info(args) => commands::info::run(args),
@@ -30,6 +33,8 @@ fn main() -> ExitCode {
         Command::Eval(command) => commands::eval::run(command),
         Command::Inspect(args) => commands::inspect::run(args),
         Command::Op(args) => commands::op::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Capture(args) => commands::capture::run(args),
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         Command::Selftest(args) => commands::selftest::run(args),
     });

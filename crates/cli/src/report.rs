@@ -87,6 +87,8 @@ pub struct LayerLine {
     pub recall_min: f32,
     pub dense_heads: usize,
     pub heads: usize,
+    /// Of each head.
+    pub head_density: Vec<f64>,
 }
 
 impl LayerLine {
@@ -106,13 +108,19 @@ impl LayerLine {
                 let mean = |value: fn(&LayerReport) -> f32| {
                     chunks.iter().map(|chunk| pairs(chunk) * f64::from(value(chunk))).sum::<f64>() / all
                 };
+                let heads = chunks.iter().map(|chunk| chunk.report.heads.len()).max().unwrap_or(0);
+                let head_density = |head: usize| {
+                    let density = |chunk: &LayerReport| f64::from(chunk.report.heads[head].density);
+                    chunks.iter().map(|chunk| pairs(chunk) * density(chunk)).sum::<f64>() / all
+                };
                 Self {
                     layer,
                     density: mean(|chunk| chunk.report.density()),
                     recall_mean: mean(|chunk| chunk.report.recall_mean()) as f32,
                     recall_min: chunks.iter().map(|chunk| chunk.report.recall_min()).fold(1.0, f32::min),
                     dense_heads: chunks.iter().map(|chunk| chunk.report.dense_heads()).max().unwrap_or(0),
-                    heads: chunks.iter().map(|chunk| chunk.report.heads.len()).max().unwrap_or(0),
+                    heads,
+                    head_density: (0..heads).map(head_density).collect(),
                 }
             })
             .collect()
@@ -122,7 +130,7 @@ impl LayerLine {
     pub fn table(lines: &[Self]) -> String {
         let mut table = "layer  density  recall  minimum  dense heads\n".to_string();
         for line in lines {
-            let Self { layer, density, recall_mean, recall_min, dense_heads, heads } = line;
+            let Self { layer, density, recall_mean, recall_min, dense_heads, heads, .. } = line;
             table += &format!(
                 "{layer:>5} {density:>8.3} {recall_mean:>7.4} {recall_min:>8.4} {dense_heads:>6} of {heads}\n"
             );
@@ -150,7 +158,7 @@ pub fn size(bytes: u64) -> String {
 }
 
 /// The most memory that this process has held, where the system tells.
-fn peak_host_bytes() -> Option<u64> {
+pub fn peak_host_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -165,6 +173,13 @@ pub fn load_bar(quiet: bool, bytes: u64) -> ProgressBar {
 /// A bar over the tokens of a prompt, with the rate.
 pub fn prefill_bar(quiet: bool, tokens: usize) -> ProgressBar {
     bar(quiet, tokens as u64, "prefill {wide_bar} {pos}/{len} tokens {per_sec}")
+}
+
+/// A bar over the jobs of a measurement, with what is going on.
+pub fn job_bar(quiet: bool, jobs: usize) -> ProgressBar {
+    let bar = bar(quiet, jobs as u64, "{pos}/{len} {bar:20} {elapsed} {wide_msg}");
+    bar.enable_steady_tick(Duration::from_secs(1));
+    bar
 }
 
 /// A bar over the steps of an evaluation.

@@ -6,11 +6,13 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use long_context::cache::AttentionConfig;
 use long_context::generate::{Event, Generation, GeneratorConfig, StopStrings, generate};
 use long_context::models::ModelConfig;
 use long_context::sampler::{Sampler, SamplerConfig};
 use long_context_runtime::{Device, Loaded, dtype_name};
 use long_context_weights::{Checkpoint, RopeRatioKind, StreamDecoder, Tokenizer};
+use sample_attention::Preset;
 
 use crate::args::{ModelArgs, RopeRatioMeaning, SamplingArgs};
 use crate::error::Error;
@@ -85,6 +87,15 @@ impl Session {
         bar.finish_and_clear();
         let attention = args.attention.to_string();
         Ok(Self { device, loaded, attention, load_time: begin.elapsed(), quiet: args.quiet })
+    }
+
+    /// Starts anew, with another attention whose reports are kept.
+    pub fn begin(&mut self, preset: Preset) {
+        let attention =
+            AttentionConfig { options: preset.options(), layers: Default::default(), report: true };
+        self.loaded.engine.truncate(0);
+        self.loaded.engine.set_attention(&attention);
+        self.attention = preset.to_string();
     }
 
     /// Answers a prompt, handing text to `show` as it comes; the whole text and how it went.

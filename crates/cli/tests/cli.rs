@@ -2,6 +2,9 @@
 //!
 //! `examples/checkpoint.sh target/checkpoint` makes the trained model.
 
+#[path = "cli/bench.rs"]
+mod bench;
+#[path = "cli/eval.rs"]
 mod eval;
 
 use std::io::Write;
@@ -9,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use long_context::models::internlm2::{InternLm2Config, RopeScaling};
 use serde_json::Value;
 
 const CODE_OF_BAD_INPUT: i32 = 2;
@@ -60,9 +64,16 @@ fn json(args: &[&str], input: &str) -> Value {
     serde_json::from_str(&stdout(&succeed(args, input))).unwrap()
 }
 
-/// Three chapters of a novel with a pass key in the middle and a question about it at the end.
-fn long_prompt() -> String {
+/// Three chapters of a novel.
+fn chapters() -> String {
     let text = std::fs::read_to_string(root().join("examples/pride-and-prejudice.txt")).unwrap();
+    let (chapters, _) = text.split_once("\nChapter 4\n").unwrap();
+    format!("{}\n", chapters.trim_end())
+}
+
+/// They with a pass key in the middle and a question about it at the end.
+fn long_prompt() -> String {
+    let text = chapters();
     let middle = text[..text.len() / 2].rfind("\n\n").unwrap();
     format!("{}\n\n{NEEDLE}{}\n\nWhat is the pass key?", &text[..middle], &text[middle..])
 }
@@ -72,7 +83,7 @@ fn bad_input_gets_one_line_and_exit_code_2() {
     let model = trained("internlm2");
     let tiny = tiny("internlm2-tiny");
     let golden = format!("{tiny}/golden.json");
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["generate", "no-such-folder", "hello"], "no-such-folder/config.json: No such file or directory"),
         (
             &["generate", &model, ""],
@@ -101,6 +112,13 @@ fn bad_input_gets_one_line_and_exit_code_2() {
         (&["op", "absent.safetensors", "--out", "o"], "absent.safetensors: No such file or directory"),
         (&["op", &golden, "--out", "o"], "golden.json: "),
         (&["logits", &tiny, "--ids", "", "--out", "o"], "token ids: found none, expected at least one"),
+        (&["demo", "no-such-folder"], "no-such-folder/config.json: No such file or directory"),
+        (&["demo", &tiny], "tokenizer: found none, expected tokenizer.model or tokenizer.json"),
+        (
+            &["demo", &model, "--tokens", "9000"],
+            "found 9000 tokens and 32 to generate, expected at most 8192",
+        ),
+        (&["demo", &model, "--tokens", "200"], "--tokens: found 200, expected 256 to 4"),
     ];
     for (args, message) in cases {
         let output = sattn(args, "");
@@ -247,6 +265,89 @@ fn sample_attention_finds_what_dense_attention_finds() {
     }
 }
 
+/// A folder of InternLM2's layout with random weights and a small tokenizer that knows chat messages.
+fn random_model() -> tempfile::TempDir {
+    let config = InternLm2Config {
+        hidden_size: 64,
+        num_layers: 2,
+        num_attention_heads: 4,
+        num_kv_heads: 2,
+        intermediate_size: 64,
+        vocab_size: 600,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        max_position_embeddings: 4096,
+        bias: false,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let json = serde_json::json!({
+        "architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "hidden_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+        "vocab_size": 600, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+        "bias": false,
+    });
+    std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+    let mut state = 1u32;
+    let mut draw = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 8) as f32 / (1 << 24) as f32 - 0.5) * 0.4
+    };
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
+        .tensors()
+        .into_iter()
+        .map(|spec| {
+            let values = (0..spec.elements()).flat_map(|_| draw().to_le_bytes()).collect();
+            (spec.name, spec.shape, values)
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), bytes).unwrap();
+    let tokenizer = root().join("examples/train_embedded/fixtures/tokenizer.model");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.model")).unwrap();
+    folder
+}
+
+#[test]
+fn the_demo_answers_twice_and_compares() {
+    let folder = random_model();
+    let folder = folder.path().to_str().unwrap();
+    let args = ["demo", folder, "--tokens", "1500", "--depth", "0.25", "--backend", "cpu"];
+    let demo = json(&[&args[..], &["--json", "--seed", "5"]].concat(), "");
+    assert_eq!(demo["key"].as_str().unwrap().len(), 5);
+    assert_eq!(demo["depth"], 0.25);
+    let seconds = |run: &str| demo[run]["ttft_seconds"].as_f64().unwrap();
+    let speed_up = demo["speed_up"].as_f64().unwrap();
+    assert!((speed_up - seconds("dense") / seconds("sparse")).abs() < 1e-6 * speed_up);
+    for (run, attention, layers) in [("dense", "dense", 0), ("sparse", "default", 2)] {
+        let run = &demo[run];
+        assert_eq!(run["attention"], attention);
+        let tokens = run["prompt_tokens"].as_u64().unwrap();
+        assert!((1300..=1500).contains(&tokens), "{tokens}");
+        assert_eq!(run["prefill_tokens"], tokens);
+        let answer = run["answer"].as_str().unwrap();
+        assert_eq!(run["right"], answer.contains(demo["key"].as_str().unwrap()));
+        assert_eq!(run["layers"].as_array().unwrap().len(), layers);
+        for layer in run["layers"].as_array().unwrap() {
+            assert_eq!(layer["head_density"].as_array().unwrap().len(), 4);
+            assert!(layer["recall_mean"].as_f64().unwrap() > 0.9, "{layer}");
+        }
+    }
+    assert_eq!(demo["dense"]["density"], 1.0);
+    assert_ne!(json(&[&args[..], &["--json", "--seed", "6"]].concat(), "")["key"], demo["key"]);
+
+    let table = stdout(&succeed(&[&args[..], &["--attention", "fast"]].concat(), ""));
+    for word in
+        ["stands 25% into a text of", "SampleAttention (fast)", "right", "times as fast", "layer  density"]
+    {
+        assert!(table.contains(word), "no {word} in {table}");
+    }
+    assert!(table.contains(['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█']) && !table.contains('\x1b'), "{table}");
+}
+
 #[test]
 fn the_operator_reproduces_its_golden_cases() {
     let work = tempfile::tempdir().unwrap();
@@ -307,7 +408,7 @@ fn past_the_range_the_rotary_embedding_stretches_on_request() {
 #[test]
 #[cfg(unix)]
 fn ctrl_c_ends_cleanly() {
-    let text = std::fs::read_to_string(root().join("examples/pride-and-prejudice.txt")).unwrap();
+    let text = chapters();
     let mut child =
         spawn(&["generate", &trained("internlm2"), "--backend", "cpu", "--chunk", "64", "--quiet"]);
     child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();

@@ -8,9 +8,12 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use sample_attention::{
-    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary,
+    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary, rotary::Rotary,
     sample_attention_with_plan,
 };
+
+use crate::backend::{Heads, LayerBackend, Rotated, float, tensor};
+use crate::stopwatch::{self, Part};
 
 /// Keys and values of every layer, native heads (never repeated for grouped queries).
 #[derive(Debug, Clone)]
@@ -81,6 +84,16 @@ impl fmt::Debug for Observer {
     }
 }
 
+/// Queries and keys that layers attend with in place of their own, to measure a model at a density that its
+/// weights do not have. Values are the layer's own.
+#[derive(Debug, Clone)]
+pub struct StandIn<B: Backend> {
+    /// Of all positions, `[1, heads, positions, head_dim]`.
+    pub q: Tensor<B, 4>,
+    /// Of all positions, `[1, kv_heads, positions, head_dim]`.
+    pub k: Tensor<B, 4>,
+}
+
 /// Dimensions of a [`KvCache`].
 #[derive(Debug, Clone)]
 pub struct KvCacheConfig {
@@ -107,10 +120,11 @@ impl KvCacheConfig {
         let shape = [self.batch, self.num_kv_heads, self.capacity, self.head_dim];
         let layer = |layer| LayerCache {
             layer,
-            held: KeyValueCache::new(shape, dtype, device),
+            held: Held::Cache(KeyValueCache::new(shape, dtype, device)),
             options: attention.options,
             summaries: None,
             observer: None,
+            stand_in: None,
         };
         let layers = (0..self.num_layers).map(layer).collect();
         let mut cache = KvCache { layers, length: 0, capacity: self.capacity };
@@ -128,6 +142,23 @@ impl KvCacheConfig {
 }
 
 impl<B: Backend> KvCache<B> {
+    /// A cache for whole sequences, any number at once: each pass attends within itself, in `dtype`, and leaves
+    /// nothing behind.
+    pub(crate) fn holding_nothing(num_layers: usize, attention: &AttentionConfig, dtype: DType) -> Self {
+        let layer = |layer| LayerCache {
+            layer,
+            held: Held::Nothing(dtype),
+            options: attention.options,
+            summaries: None,
+            observer: None,
+            stand_in: None,
+        };
+        let layers = (0..num_layers).map(layer).collect();
+        let mut cache = Self { layers, length: 0, capacity: 0 };
+        cache.set_attention(attention);
+        cache
+    }
+
     /// Positions held.
     pub fn len(&self) -> usize {
         self.length
@@ -147,7 +178,9 @@ impl<B: Backend> KvCache<B> {
     pub fn truncate(&mut self, length: usize) {
         self.length = self.length.min(length);
         for layer in &mut self.layers {
-            layer.held.truncate(length);
+            if let Held::Cache(held) = &mut layer.held {
+                held.truncate(length);
+            }
         }
     }
 
@@ -163,6 +196,13 @@ impl<B: Backend> KvCache<B> {
     pub fn observe(&mut self, observer: Option<Observer>) {
         for (index, layer) in self.layers.iter_mut().enumerate() {
             layer.observer = observer.clone().filter(|observer| observer.layers.contains(&index));
+        }
+    }
+
+    /// Lets all layers attend with other queries and keys from now on, or with their own again.
+    pub fn stand_in(&mut self, stand_in: Option<StandIn<B>>) {
+        for layer in &mut self.layers {
+            layer.stand_in = stand_in.clone();
         }
     }
 
@@ -193,32 +233,62 @@ impl<B: Backend> KvCache<B> {
     }
 }
 
+#[derive(Debug, Clone)]
+enum Held<B: Backend> {
+    Cache(KeyValueCache<B>),
+    /// Keys and values of the pass alone, attended in this type.
+    Nothing(DType),
+}
+
 /// Keys and values of one layer, and how it attends to them.
 #[derive(Debug, Clone)]
 pub struct LayerCache<B: Backend> {
     layer: usize,
-    held: KeyValueCache<B>,
+    held: Held<B>,
     options: SampleAttentionOptions,
     /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
     summaries: Option<Vec<(usize, usize, Summary<B>)>>,
     observer: Option<Observer>,
+    stand_in: Option<StandIn<B>>,
 }
 
-impl<B: AttentionBackend> LayerCache<B> {
-    /// Appends new positions and attends from them to all that are held.
+impl<B: LayerBackend> LayerCache<B> {
+    /// Takes a fused projection apart, turns its queries and keys, appends the new positions, and attends from them
+    /// to all that are held.
     ///
     /// # Shapes
     ///
-    /// - q: `[batch, heads, length, head_dim]`
-    /// - k, v: `[batch, kv_heads, length, head_dim]`
-    /// - output: like q
+    /// - qkv: `[batch, length, (heads + 2 kv_heads) * head_dim]`
+    /// - output: `[batch, heads, length, head_dim]`
     ///
     /// # Panics
     ///
     /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
-    pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-        let (start, length) = (self.held.len(), k.dims()[2]);
-        let (keys, values) = self.held.append(k, v);
+    pub fn attend(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4> {
+        let device = qkv.device();
+        stopwatch::part::<B, _>(Part::Attention, &device, || self.append_and_attend(qkv, heads, rotary))
+    }
+
+    fn append_and_attend(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4> {
+        let (model_dtype, length) = (qkv.dtype(), qkv.dims()[1]);
+        let (start, q, keys, values) = match &mut self.held {
+            Held::Cache(held) => held.append_by(length, |memory, start| {
+                let Rotated { q, memory, held } =
+                    B::rotate(float(qkv), heads, rotary.clone(), memory.map(float), start);
+                let [keys, values] = held.map(tensor);
+                (memory.map(tensor), (start, tensor(q), keys, values))
+            }),
+            Held::Nothing(dtype) => {
+                let [q, k, v] = heads.turned(qkv, rotary).map(|part| part.cast(*dtype));
+                (0, q, k, v)
+            }
+        };
+        let (q, keys) = match &self.stand_in {
+            Some(StandIn { q, k }) => {
+                (q.clone().narrow(2, start, length), k.clone().narrow(2, 0, start + length))
+            }
+            None => (q, keys),
+        };
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);
         let attended = attended.unwrap_or_else(|error| panic!("attention: {error}"));
@@ -233,6 +303,6 @@ impl<B: AttentionBackend> LayerCache<B> {
         if let (Some(summaries), Some(plan)) = (&mut self.summaries, attended.plan) {
             summaries.push((start, length, plan.summary()));
         }
-        attended.output
+        attended.output.cast(model_dtype)
     }
 }

@@ -4,10 +4,10 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
-use sample_attention::AttentionBackend;
 use thiserror::Error;
 
-use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer};
+use crate::backend::LayerBackend;
+use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer, StandIn};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
 
@@ -134,7 +134,12 @@ pub struct Generator<B: Backend> {
 type EachChunk<'a, B> =
     dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError> + 'a;
 
-impl<B: AttentionBackend> Generator<B> {
+impl<B: LayerBackend> Generator<B> {
+    /// Lets all layers attend with other queries and keys from now on, or with their own again.
+    pub fn stand_in(&mut self, stand_in: Option<StandIn<B>>) {
+        self.cache.stand_in(stand_in);
+    }
+
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
     fn run(&mut self, ids: &[u32], each: &mut EachChunk<'_, B>) -> Result<(), GenerateError> {
@@ -153,7 +158,7 @@ impl<B: AttentionBackend> Generator<B> {
     }
 }
 
-impl<B: AttentionBackend> Engine for Generator<B> {
+impl<B: LayerBackend> Engine for Generator<B> {
     fn prefill(
         &mut self,
         ids: &[u32],

@@ -5,8 +5,17 @@
 
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData, backend::Backend};
 
-/// Query rows and keys of one tile.
+use crate::plain::SCORE_BUDGET;
+
+/// Query rows and keys of one tile, at least.
 const TILE: usize = 512;
+
+/// Query rows and keys of one tile: the more, the fewer operations, within the memory that dense attention takes.
+fn tile(heads: usize, kept: bool) -> usize {
+    // A plan's mask is made on the host, in more bytes a pair.
+    let side = if kept { TILE } else { (SCORE_BUDGET / heads).isqrt() };
+    1 << side.max(TILE).ilog2()
+}
 
 /// Which pairs a plan keeps, as masks.
 #[derive(Debug, Clone)]
@@ -69,20 +78,23 @@ impl<B: Backend> Kept<B> {
     }
 }
 
-/// Pairs that a tile leaves out, by cause and by plan, `[heads of all sequences, rows, keys]`.
-pub(crate) fn hidden<B: Backend>(
+/// Pairs that a tile leaves out, by cause and by plan, `[heads of all sequences, rows, keys]`; `None` where it
+/// leaves none out.
+fn hidden<B: Backend>(
     kept: Option<&Kept<B>>,
     heads: usize,
     (first, rows): (usize, usize),
     (key, keys): (usize, usize),
     device: &B::Device,
-) -> Tensor<B, 3, Bool> {
+) -> Option<Tensor<B, 3, Bool>> {
     let shape = [heads, rows, keys];
-    let future = Tensor::<B, 2, Bool>::tril_mask([rows, keys], first as i64 - key as i64, device);
-    let future = future.reshape([1, rows, keys]).expand(shape);
-    match kept {
-        None => future,
-        Some(kept) => future.bool_or(kept.hidden(first, rows, key, keys)),
+    let future = (first + 1 < key + keys).then(|| {
+        let future = Tensor::<B, 2, Bool>::tril_mask([rows, keys], first as i64 - key as i64, device);
+        future.reshape([1, rows, keys]).expand(shape)
+    });
+    match (future, kept.map(|kept| kept.hidden(first, rows, key, keys))) {
+        (Some(future), Some(left_out)) => Some(future.bool_or(left_out)),
+        (future, left_out) => future.or(left_out),
     }
 }
 
@@ -102,6 +114,12 @@ pub(crate) struct Forward<B: Backend> {
 impl<B: Backend> Forward<B> {
     /// Gradients of q, k and v from that of the output, in their shapes and types.
     pub fn backward(self, gradient: Tensor<B, 4>) -> [Tensor<B, 4>; 3] {
+        let [batch, heads, ..] = self.q.dims();
+        let tile = tile(batch * heads, self.kept.is_some());
+        self.backward_in_tiles(gradient, tile)
+    }
+
+    fn backward_in_tiles(self, gradient: Tensor<B, 4>, tile: usize) -> [Tensor<B, 4>; 3] {
         let Self { q, k, v, output, lse, kept, scale } = self;
         let (dtype, device) = (q.dtype(), q.device());
         let [q, k, v, output, gradient] = [q, k, v, output, gradient].map(|tensor| tensor.cast(DType::F32));
@@ -109,6 +127,7 @@ impl<B: Backend> Forward<B> {
         let [_, kv_heads, keys, _] = k.dims();
         let (group, offset) = (heads / kv_heads, keys - rows);
         let inner = (output * gradient.clone()).sum_dim(3);
+        let q = q.mul_scalar(scale);
         let lse = lse.reshape([batch, heads, rows, 1]);
         // The rows of the query heads that share a key/value head are one matrix.
         let tile_rows = |tensor: &Tensor<B, 4>, first: usize, length: usize| {
@@ -116,15 +135,15 @@ impl<B: Backend> Forward<B> {
             tensor.clone().narrow(2, first, length).reshape([batch, kv_heads, group * length, width])
         };
 
-        let starts: Vec<usize> = (0..rows).step_by(TILE).collect();
+        let starts: Vec<usize> = (0..rows).step_by(tile).collect();
         let mut q_gradients: Vec<Option<Tensor<B, 4>>> = vec![None; starts.len()];
         let (mut k_gradients, mut v_gradients) = (Vec::new(), Vec::new());
-        for key in (0..keys).step_by(TILE) {
-            let width = TILE.min(keys - key);
+        for key in (0..keys).step_by(tile) {
+            let width = tile.min(keys - key);
             let (k, v) = (k.clone().narrow(2, key, width), v.clone().narrow(2, key, width));
             let (mut k_gradient, mut v_gradient) = (k.zeros_like(), v.zeros_like());
             for (index, &first) in starts.iter().enumerate() {
-                let length = TILE.min(rows - first);
+                let length = tile.min(rows - first);
                 if offset + first + length <= key {
                     continue;
                 }
@@ -133,12 +152,15 @@ impl<B: Backend> Forward<B> {
                 let gradient = tile_rows(&gradient, first, length);
                 let hidden =
                     hidden(kept.as_ref(), batch * heads, (offset + first, length), (key, width), &device);
-                let scores = q.clone().matmul(k.clone().swap_dims(2, 3)).mul_scalar(scale);
-                let weights =
-                    (scores - tile_rows(&lse, first, length)).exp().mask_fill(hidden.reshape(shape), 0.0);
+                let scores = q.clone().matmul(k.clone().swap_dims(2, 3));
+                let weights = (scores - tile_rows(&lse, first, length)).exp();
+                let weights = match hidden {
+                    Some(hidden) => weights.mask_fill(hidden.reshape(shape), 0.0),
+                    None => weights,
+                };
                 v_gradient = v_gradient + weights.clone().swap_dims(2, 3).matmul(gradient.clone());
                 let slope = gradient.matmul(v.clone().swap_dims(2, 3)) - tile_rows(&inner, first, length);
-                let slope = (weights * slope).mul_scalar(scale);
+                let slope = weights * slope;
                 k_gradient = k_gradient + slope.clone().swap_dims(2, 3).matmul(q);
                 let q_gradient = slope.matmul(k.clone()).reshape([batch, heads, length, head_dim]);
                 q_gradients[index] = Some(match q_gradients[index].take() {
@@ -150,7 +172,47 @@ impl<B: Backend> Forward<B> {
             v_gradients.push(v_gradient);
         }
         // Every row sees its own key, so every tile of rows has a gradient.
-        let q_gradients = q_gradients.into_iter().flatten().collect();
-        [q_gradients, k_gradients, v_gradients].map(|tiles| Tensor::cat(tiles, 2).cast(dtype))
+        let q_gradients = Tensor::cat(q_gradients.into_iter().flatten().collect(), 2).mul_scalar(scale);
+        let [k_gradients, v_gradients] = [k_gradients, v_gradients].map(|tiles| Tensor::cat(tiles, 2));
+        [q_gradients, k_gradients, v_gradients].map(|gradient| gradient.cast(dtype))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use burn::tensor::Distribution;
+
+    use super::*;
+    use crate::plain::dense_attention;
+
+    #[test]
+    fn tiles_of_any_size_give_the_same_gradients() {
+        let device = Default::default();
+        Flex::seed(&device, 4);
+        let random = |heads, rows| {
+            Tensor::<Flex, 4>::random([2, heads, rows, 16], Distribution::Normal(0.0, 1.0), &device)
+        };
+        for (rows, keys) in [(100, 100), (70, 129), (1, 65)] {
+            let (q, k, v, gradient) = (random(4, rows), random(2, keys), random(2, keys), random(4, rows));
+            let scale = 0.25;
+            let (output, lse) = dense_attention(q.clone(), k.clone(), v.clone(), scale);
+            let forward = Forward { q, k, v, output, lse, kept: None, scale };
+            let whole = forward.clone().backward(gradient.clone());
+            for tile in [1, 32, 33, 64] {
+                let tiled = forward.clone().backward_in_tiles(gradient.clone(), tile);
+                for (tiled, whole) in tiled.into_iter().zip(whole.clone()) {
+                    assert_eq!(tiled.dims(), whole.dims());
+                    let difference = (tiled - whole).abs().max().into_scalar();
+                    assert!(difference < 1e-4, "{rows} rows, {keys} keys, tiles of {tile}: {difference}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_grow_while_memory_allows() {
+        assert_eq!([1, 8, 128, 4096].map(|heads| tile(heads, false)), [8192, 2048, 512, 512]);
+        assert_eq!(tile(1, true), 512);
     }
 }

@@ -8,7 +8,7 @@ use crate::Error;
 
 /// Bytes of the scores that [`dense_attention`] holds at a time, over all heads of a batch.
 pub const SCORE_BYTES: u64 = 1 << 28;
-const SCORE_BUDGET: usize = SCORE_BYTES as usize / size_of::<f32>();
+pub(crate) const SCORE_BUDGET: usize = SCORE_BYTES as usize / size_of::<f32>();
 /// Keys of one tile.
 const KEY_TILE: usize = 4096;
 /// A finite "minus infinity": a tile that a row does not see at all must not produce `inf - inf`.

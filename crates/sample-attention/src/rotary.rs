@@ -29,13 +29,23 @@ impl RotaryConfig {
     /// The rotation of `length` positions from `start` on, computed in f64 on the host: the angle of
     /// position 1,000,000 has no correct digit left to lose in f32.
     pub fn init<B: Backend>(&self, start: usize, length: usize, device: &B::Device) -> Rotary<B> {
-        let half = self.width / 2;
+        self.at(start..start + length, device)
+    }
+
+    /// As [`init`](Self::init), for positions that need not follow each other: a model that is trained with
+    /// gaps meets large distances in short sequences.
+    pub fn at<B: Backend>(
+        &self,
+        positions: impl ExactSizeIterator<Item = usize>,
+        device: &B::Device,
+    ) -> Rotary<B> {
+        let (length, half) = (positions.len(), self.width / 2);
         let frequencies: Vec<f64> = (0..half)
             .map(|i| self.base.powf(-2.0 * i as f64 / self.width as f64) / self.position_divisor)
             .collect();
         let mut cos = Vec::with_capacity(length * half);
         let mut sin = Vec::with_capacity(length * half);
-        for position in start..start + length {
+        for position in positions {
             for frequency in &frequencies {
                 let (s, c) = (position as f64 * frequency).sin_cos();
                 cos.push(c as f32);
@@ -51,9 +61,12 @@ impl RotaryConfig {
 /// The rotation of a run of positions, made once a forward pass and shared by its layers.
 #[derive(Debug, Clone)]
 pub struct Rotary<B: Backend> {
-    cos: Tensor<B, 4>,
-    sin: Tensor<B, 4>,
-    pairs: RotaryPairs,
+    /// Cosines, `[1, length, 1, width / 2]`, f32.
+    pub cos: Tensor<B, 4>,
+    /// Sines, like `cos`.
+    pub sin: Tensor<B, 4>,
+    /// How features pair up.
+    pub pairs: RotaryPairs,
 }
 
 impl<B: Backend> Rotary<B> {

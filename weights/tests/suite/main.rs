@@ -7,6 +7,7 @@ mod corruption;
 mod dtypes;
 mod families;
 mod prompts;
+mod saved;
 mod support;
 mod tokenizers;
 mod torch;

@@ -298,6 +298,7 @@ fn a_folder_without_any_format_says_so() {
     let expected = "FOLDER: chat format: found neither the family's special tokens nor a chat_template, \
         expected one of them (--raw continues a text as it stands)";
     let chatter = Chatter::of(folder);
+    assert!(!Chat::new(&chatter.checkpoint, &chatter.tokenizer).unwrap().has_format());
     assert_eq!(chatter.refusal(&[user("Hi")]), expected);
     for config in [json!({}), json!({ "chat_template": Value::Null })] {
         chatter.folder.write_json("tokenizer_config.json", &config);

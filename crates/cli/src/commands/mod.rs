@@ -1,6 +1,9 @@
 //! One file a subcommand.
 
+pub mod bench;
+pub mod capture;
 pub mod chat;
+pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod info;
@@ -31,7 +34,7 @@ fn read_stdin() -> Result<String, Error> {
 }
 
 /// Writes to standard output at once. A closed pipe is an error like any other: the reader has left.
-fn print(text: &str) -> Result<(), Error> {
+pub fn print(text: &str) -> Result<(), Error> {
     use std::io::Write;
     let mut out = std::io::stdout();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::Output)

@@ -2,14 +2,15 @@
 
 pub mod chatglm;
 pub mod internlm2;
+mod shapes;
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
-use sample_attention::AttentionBackend;
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use thiserror::Error;
 
-use crate::cache::{KvCache, KvCacheConfig};
-use crate::layers::Linear;
+use crate::backend::LayerBackend;
+use crate::cache::{AttentionConfig, KvCache, KvCacheConfig};
+use crate::layers::{Linear, Rotary, RotaryConfig};
 use chatglm::{ChatGlm, ChatGlmConfig, RopeRatio};
 use internlm2::{InternLm2, InternLm2Config, RopeScaling};
 
@@ -149,15 +150,6 @@ impl ModelConfig {
     }
 }
 
-/// The positions of one forward pass.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Span {
-    pub start: usize,
-    pub length: usize,
-    /// Positions of the whole context, of which a prefill chunk is a part.
-    pub context: usize,
-}
-
 /// What a forward pass refuses.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ModelError {
@@ -204,7 +196,7 @@ pub enum Model<B: Backend> {
     InternLm2(InternLm2<B>),
 }
 
-impl<B: AttentionBackend> Model<B> {
+impl<B: LayerBackend> Model<B> {
     /// Whether `ids` can be run after what the cache holds.
     ///
     /// # Errors
@@ -245,16 +237,57 @@ impl<B: AttentionBackend> Model<B> {
         device: &B::Device,
     ) -> Result<Tensor<B, 3>, ModelError> {
         self.check(ids, cache)?;
-        let span =
-            Span { start: cache.len(), length: ids.len(), context: context.max(cache.len() + ids.len()) };
+        let (start, length) = (cache.len(), ids.len());
+        let rotary = self.rotary(context.max(start + length)).init(start, length, device);
         let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, span.length]), device);
-        let hidden = match self {
-            Self::ChatGlm(model) => model.hidden(ids, span, cache),
-            Self::InternLm2(model) => model.hidden(ids, span, cache),
-        };
-        cache.advance(span.length);
+        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, length]), device);
+        let hidden = self.hidden(ids, &rotary, cache);
+        cache.advance(length);
         Ok(hidden)
+    }
+
+    /// Runs whole sequences without a cache: with gradients where the backend has them, as training needs it.
+    ///
+    /// `positions` are those of the tokens, ascending, shared by the sequences. Attention computes in
+    /// `attention_dtype`, everything else in the type of the weights.
+    ///
+    /// # Shapes
+    ///
+    /// - ids: `[batch, length]`, each below the vocabulary
+    /// - output: `[batch, length, hidden]`, for [`Model::logits`]
+    ///
+    /// # Panics
+    ///
+    /// Where there is not one position a token.
+    pub fn forward_sequences(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        positions: &[usize],
+        attention: &AttentionConfig,
+        attention_dtype: DType,
+    ) -> Tensor<B, 3> {
+        assert_eq!(positions.len(), ids.dims()[1], "one position a token");
+        let context = positions.last().map_or(0, |last| last + 1);
+        let rotary = self.rotary(context).at(positions.iter().copied(), &ids.device());
+        let layers = match self {
+            Self::ChatGlm(model) => model.num_layers(),
+            Self::InternLm2(model) => model.num_layers(),
+        };
+        self.hidden(ids, &rotary, &mut KvCache::holding_nothing(layers, attention, attention_dtype))
+    }
+
+    fn hidden(&self, ids: Tensor<B, 2, Int>, rotary: &Rotary<B>, cache: &mut KvCache<B>) -> Tensor<B, 3> {
+        match self {
+            Self::ChatGlm(model) => model.hidden(ids, rotary, cache),
+            Self::InternLm2(model) => model.hidden(ids, rotary, cache),
+        }
+    }
+
+    fn rotary(&self, context: usize) -> RotaryConfig {
+        match self {
+            Self::ChatGlm(model) => model.rotary(),
+            Self::InternLm2(model) => model.rotary(context),
+        }
     }
 
     /// Logits of hidden states.
@@ -288,5 +321,101 @@ impl<B: AttentionBackend> Model<B> {
 
 /// Looks tokens up in an embedding whose rows are `[vocab, hidden]`.
 fn embed<B: Backend>(embedding: &Linear<B>, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-    burn::tensor::module::embedding(embedding.weight.val(), ids)
+    let (weight, device) = (embedding.weight.val(), ids.device());
+    if !B::ad_enabled(&device) {
+        return burn::tensor::module::embedding(weight, ids);
+    }
+    // The gradient of a look-up adds rows one after another on GPUs; as a matrix product it is fast everywhere.
+    let ([batch, length], [vocab, hidden]) = (ids.dims(), weight.dims());
+    let rows = Tensor::<B, 1, Int>::arange(0..vocab as i64, &device).reshape([1, vocab]);
+    let chosen = ids
+        .reshape([batch * length, 1])
+        .expand([batch * length, vocab])
+        .equal(rows.expand([batch * length, vocab]));
+    chosen.float().cast(weight.dtype()).matmul(weight).reshape([batch, length, hidden])
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use sample_attention::{Preset, SampleAttentionOptions};
+
+    use super::*;
+
+    fn configs() -> [ModelConfig; 2] {
+        let internlm2 = InternLm2Config {
+            hidden_size: 64,
+            num_layers: 2,
+            num_attention_heads: 4,
+            num_kv_heads: 2,
+            intermediate_size: 96,
+            vocab_size: 50,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Dynamic(2.0),
+            max_position_embeddings: 32,
+            bias: true,
+        };
+        let chatglm = ChatGlmConfig {
+            hidden_size: 64,
+            num_layers: 2,
+            num_attention_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            ffn_hidden_size: 96,
+            padded_vocab_size: 50,
+            layernorm_epsilon: 1e-5,
+            add_qkv_bias: true,
+            rope_ratio: RopeRatio::ScalesBase(2.0),
+            seq_length: 64,
+        };
+        [ModelConfig::InternLm2(internlm2), ModelConfig::ChatGlm(chatglm)]
+    }
+
+    fn values<const D: usize>(tensor: Tensor<Flex, D>) -> Vec<f32> {
+        tensor.into_data().into_vec().unwrap()
+    }
+
+    #[test]
+    fn whole_sequences_give_what_a_cache_gives() {
+        let device = Default::default();
+        let length = 48;
+        let sequences: [Vec<u32>; 2] =
+            [1, 7].map(|step| (0..length).map(|at| (at * step % 50) as u32).collect());
+        for config in configs() {
+            let model = config.init::<Flex>(&device);
+            let ids: Vec<i32> = sequences.iter().flatten().map(|&id| id as i32).collect();
+            let ids = Tensor::<Flex, 2, Int>::from_data(TensorData::new(ids, [2, length]), &device);
+            let positions: Vec<usize> = (0..length).collect();
+            let dense = AttentionConfig { options: Preset::Dense.options(), ..Default::default() };
+            let run = |positions: &[usize], attention: &AttentionConfig| {
+                model.forward_sequences(ids.clone(), positions, attention, DType::F32)
+            };
+            let together = run(&positions, &dense);
+            for (index, sequence) in sequences.iter().enumerate() {
+                let mut cache = config.cache(1, length).init(&dense, DType::F32, &device);
+                let first = model.forward(&sequence[..30], length, &mut cache, &device).unwrap();
+                let rest = model.forward(&sequence[30..], length, &mut cache, &device).unwrap();
+                let cached = values(Tensor::cat(vec![first, rest], 1));
+                let found = values(together.clone().narrow(0, index, 1));
+                let worst = found.iter().zip(&cached).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 1e-5, "{worst}");
+            }
+            // Positions matter, and so does what attention leaves out.
+            let apart: Vec<usize> = positions.iter().map(|&at| at + at / 20 * 5).collect();
+            assert_ne!(values(run(&apart, &dense)), values(together.clone()));
+            let sparse = SampleAttentionOptions {
+                alpha: 0.3,
+                min_rows: 4,
+                window_ratio: 0.0,
+                block_size: 16,
+                tail_rows: 0,
+                dense_below: 0,
+                dense_cost: None,
+                ..Default::default()
+            };
+            let sparse = AttentionConfig { options: sparse, ..Default::default() };
+            assert_ne!(values(run(&positions, &sparse)), values(together));
+        }
+    }
 }
