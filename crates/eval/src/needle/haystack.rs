@@ -80,7 +80,7 @@ impl<'a> Haystack<'a> {
     ///
     /// # Errors
     ///
-    /// A length that the question alone exceeds, or no chat format.
+    /// A length without room for a sentence beside keys and question, or no chat format.
     pub fn prompt(&self, place: Place, prompter: &Prompter<'_>) -> Result<NeedlePrompt> {
         let mut random = StdRng::seed_from_u64(place.seed);
         let start = random.random_range(0..self.sentences.len());
@@ -108,8 +108,12 @@ impl<'a> Haystack<'a> {
         }
     }
 
-    /// Sentences from `start` on, as many as fit into `budget` tokens.
+    /// Sentences from `start` on, as many as fit into `budget` tokens; those before the first that fits are
+    /// passed over.
     fn text(&self, start: usize, budget: usize) -> Vec<&'a str> {
+        let count = self.sentences.len();
+        let fits = |at: &usize| self.sentences[at % count].1 <= budget;
+        let Some(start) = (start..start + count).find(fits) else { return Vec::new() };
         let mut left = budget;
         let mut taken = Vec::new();
         for (sentence, tokens) in self.sentences.iter().cycle().skip(start) {
@@ -240,6 +244,15 @@ mod tests {
         assert_eq!(hidden(1.0), "aaaa bbbb cccc dddd \nN\n");
         let two = hide(&text, &["N".to_string(), "M".to_string()], &[0.75, 0.25]);
         assert_eq!(two, "aaaa \nM\nbbbb cccc \nN\ndddd ");
+    }
+
+    #[test]
+    fn a_sentence_that_is_too_long_is_passed_over() {
+        let haystack = Haystack { sentences: vec![("long", 90), ("a", 5), ("b", 6)] };
+        assert_eq!(haystack.text(0, 20), ["a", "b"]);
+        assert_eq!(haystack.text(2, 12), ["b"]);
+        assert_eq!(haystack.text(1, 101), ["a", "b", "long"]);
+        assert!(haystack.text(1, 4).is_empty());
     }
 
     #[test]

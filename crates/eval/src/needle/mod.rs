@@ -13,7 +13,7 @@ pub use haystack::{Haystack, NeedlePrompt, Place};
 
 use crate::{Ask, Kept, NamedAttention, Progress, Prompter, Result, answer};
 
-/// Three chapters of a novel, to hide keys in where no other text is given.
+/// Chapters of a novel, to hide keys in where no other text is given.
 pub const TEXT: &str = include_str!("../../../../examples/pride-and-prejudice.txt");
 
 /// How many keys are hidden, and how many asked for.
