@@ -1,11 +1,12 @@
 //! What the model can do, on a book and numbers and words that it has never seen.
 
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use long_context::backend::LayerBackend;
 use long_context::cache::AttentionConfig;
 use long_context::models::Model;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use sample_attention::{AttentionBackend, Preset};
+use sample_attention::Preset;
 
 use crate::batches::Batch;
 use crate::error::Error;
@@ -54,14 +55,14 @@ pub struct Scores {
 }
 
 /// Runs a model of one type through all prompts.
-pub struct Evaluator<'a, B: AttentionBackend> {
+pub struct Evaluator<'a, B: LayerBackend> {
     pub model: &'a Model<B>,
     pub writer: Writer<'a>,
     pub attention_dtype: DType,
     pub device: &'a B::Device,
 }
 
-impl<B: AttentionBackend> Evaluator<'_, B> {
+impl<B: LayerBackend> Evaluator<'_, B> {
     /// Everything that the recipe asks for.
     ///
     /// # Errors

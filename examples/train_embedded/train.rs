@@ -9,9 +9,10 @@ use burn::optim::{AdamWConfig, GradientsParams, Optimizer};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use long_context::backend::LayerBackend;
 use long_context::cache::AttentionConfig;
 use long_context::models::{Model, ModelConfig};
-use sample_attention::{AttentionBackend, Preset};
+use sample_attention::Preset;
 
 use crate::batches::{Batch, Batches};
 use crate::error::Error;
@@ -24,7 +25,7 @@ use crate::tasks::Task;
 const LOG_EVERY: usize = 25;
 
 /// Negative log-likelihood of every target, `[sequences, length]`, and the queries and keys of each layer.
-pub fn losses<B: AttentionBackend>(
+pub fn losses<B: LayerBackend>(
     model: &Model<B>,
     batch: &Batch,
     attention: &AttentionConfig,
@@ -59,7 +60,7 @@ pub fn dense() -> AttentionConfig {
 /// # Errors
 ///
 /// A loss that is no number, or a device that fails.
-pub fn train<B: AutodiffBackend + AttentionBackend>(
+pub fn train<B: AutodiffBackend + LayerBackend>(
     config: &ModelConfig,
     recipe: &Recipe,
     batches: Batches<'_>,
@@ -68,7 +69,7 @@ pub fn train<B: AutodiffBackend + AttentionBackend>(
     log: &mut dyn FnMut(String),
 ) -> Result<Model<B::InnerBackend>, Error>
 where
-    B::InnerBackend: AttentionBackend,
+    B::InnerBackend: LayerBackend,
 {
     B::seed(device, recipe.seed);
     let mut model = config.init::<B>(device);

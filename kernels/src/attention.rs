@@ -1,9 +1,9 @@
 //! The calls: check, then launch the stages one after the other.
 
-use cubecl::{prelude::*, server::Handle};
+use cubecl::{future::block_on, prelude::*, profile::TimingMethod, server::Handle};
 
 use crate::{
-    Error, Plan, Rule, SampleAttentionOptions, TensorView, TileProduct,
+    Error, Plan, Rule, SampleAttentionOptions, Stage, StageTimes, TensorView, TileProduct,
     call::Call,
     decode::{MAX_DECODE_QUERIES, split_keys},
     filter::window_filter,
@@ -32,21 +32,6 @@ pub struct Report {
     pub recall: Handle,
 }
 
-/// A stage of [`sample_attention`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Stage {
-    /// Log-sum-exps of the sampled rows.
-    Rows,
-    /// Sampled mass per band and the ladder over it; rule [`Joint`](Rule::Joint) only.
-    Bands,
-    /// Sampled mass per column.
-    Columns,
-    /// Choice of bands and stripes.
-    Filter,
-    /// Attention over the plan's keys.
-    Attention,
-}
-
 /// SampleAttention: attention of `q` over the keys that the sampled rows ask for.
 ///
 /// # Shapes
@@ -73,32 +58,59 @@ pub fn sample_attention<R: Runtime>(
     out: &TensorView<R>,
     options: &SampleAttentionOptions,
 ) -> Result<Attention, Error> {
-    sample_attention_by_stage(client, [q, k, v, out], options, |_| {})
+    attend(client, [q, k, v, out], options, &mut |_, launch| launch())
 }
 
-/// [`sample_attention`] of `[q, k, v, out]` that calls back after the launches of each stage, for
-/// measurements: the stages do not wait for the device, so whoever calls has to.
+/// Runs [`sample_attention`] of `[q, k, v, out]` stage by stage, the device idle before and after each, and
+/// times them.
 ///
 /// # Errors
-/// As [`sample_attention`].
-pub fn sample_attention_by_stage<R: Runtime>(
+/// As [`sample_attention`], and a device that fails.
+pub fn time_stages<R: Runtime>(
     client: &ComputeClient<R>,
     tensors: [&TensorView<R>; 4],
     options: &SampleAttentionOptions,
-    mut after: impl FnMut(Stage),
+) -> Result<StageTimes, Error> {
+    let mut times = StageTimes { stages: Vec::new(), on_device: true };
+    let mut failure = None;
+    attend(client, tensors, options, &mut |stage, launch| match client.profile(launch, "stage") {
+        Ok(((), profile)) => {
+            times.on_device &= profile.timing_method() == TimingMethod::Device;
+            times.stages.push((stage, block_on(profile.resolve()).duration()));
+        }
+        Err(error) => {
+            failure.get_or_insert(Error::device(error));
+        }
+    })?;
+    failure.map_or(Ok(times), Err)
+}
+
+/// Runs the launches of a stage, once.
+type RunStage<'a> = dyn FnMut(Stage, &mut (dyn FnMut() + Send)) + 'a;
+
+fn attend<R: Runtime>(
+    client: &ComputeClient<R>,
+    tensors: [&TensorView<R>; 4],
+    options: &SampleAttentionOptions,
+    run: &mut RunStage<'_>,
 ) -> Result<Attention, Error> {
     let call = Call::new(client, tensors, options)?;
     let lse = call.words(call.heads() * call.shape.q_len);
     if call.rows.is_empty() {
-        flash(&call, None, &lse);
-        after(Stage::Attention);
+        run(Stage::Attention, &mut || flash(&call, None, &lse));
         return Ok(Attention { lse, plan: None, report: None });
     }
-    let (plan, sampled) = choose_plan(&call, &mut after);
-    flash(&call, Some(&plan), &lse);
-    after(Stage::Attention);
+    let (plan, sampled) = choose_plan(&call, run);
+    run(Stage::Attention, &mut || flash(&call, Some(&plan), &lse));
     let report = report(&call, &sampled, &lse);
     Ok(Attention { lse, plan: Some(plan), report: Some(report) })
+}
+
+/// The value that a stage's launches leave.
+fn stage<T: Send>(run: &mut RunStage<'_>, stage: Stage, launch: impl Fn() -> T + Sync) -> T {
+    let mut result = None;
+    run(stage, &mut || result = Some(launch()));
+    result.unwrap_or_else(launch)
 }
 
 /// The first stages of [`sample_attention`] alone; `None` where every head is dense from the
@@ -120,7 +132,7 @@ pub fn sample_plan<R: Runtime>(
     if call.rows.is_empty() {
         return Ok(None);
     }
-    Ok(Some(choose_plan(&call, &mut |_| {}).0))
+    Ok(Some(choose_plan(&call, &mut |_, launch| launch()).0))
 }
 
 /// The last stage of [`sample_attention`] alone, with a plan of [`sample_plan`] for the same shapes
@@ -218,16 +230,14 @@ pub fn available_products<R: Runtime>(
 }
 
 /// Sampling and filtering.
-fn choose_plan<R: Runtime>(call: &Call<'_, R>, after: &mut impl FnMut(Stage)) -> (Plan, Sampled) {
+fn choose_plan<R: Runtime>(call: &Call<'_, R>, run: &mut RunStage<'_>) -> (Plan, Sampled) {
     let plan = Plan::empty(call.client, &call.shape, call.options);
-    let sampled = row_lse(call);
-    after(Stage::Rows);
+    let sampled = stage(run, Stage::Rows, || row_lse(call));
     if call.options.rule == Rule::Joint {
-        let ladder = ladder(call, &sampled, &plan);
-        after(Stage::Bands);
-        let scores = column_scores(call, &sampled, plan.columns, &ladder.levels);
-        after(Stage::Columns);
-        joint_filter(call, &plan, &scores, &sampled, &ladder);
+        let ladder = stage(run, Stage::Bands, || ladder(call, &sampled, &plan));
+        let scores =
+            stage(run, Stage::Columns, || column_scores(call, &sampled, plan.columns, &ladder.levels));
+        stage(run, Stage::Filter, || joint_filter(call, &plan, &scores, &sampled, &ladder));
     } else {
         let window = call.shape.window(call.options);
         let left_out = |d| call.options.rule == Rule::Residual && d <= window;
@@ -237,11 +247,9 @@ fn choose_plan<R: Runtime>(call: &Call<'_, R>, after: &mut impl FnMut(Stage)) ->
             len: plan.blocks,
             count: 1,
         };
-        let scores = column_scores(call, &sampled, plan.columns, &levels);
-        after(Stage::Columns);
-        window_filter(call, &plan, &scores);
+        let scores = stage(run, Stage::Columns, || column_scores(call, &sampled, plan.columns, &levels));
+        stage(run, Stage::Filter, || window_filter(call, &plan, &scores));
     }
-    after(Stage::Filter);
     (plan, sampled)
 }
 

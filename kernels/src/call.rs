@@ -9,6 +9,7 @@ use crate::{
     ladder::levels,
     mma_columns::sample_bytes,
     mma_tile::MmaTile,
+    plane_tile::PlaneTile,
     square_tile::SquareTile,
     tensor::{Inputs, TensorView},
     walk::SizesLaunch,
@@ -25,6 +26,8 @@ pub(crate) struct Call<'a, R: Runtime> {
     pub scale: f32,
     /// Tiles of plain units or cooperative matrices.
     pub square: SquareTile,
+    /// Row tiles of cooperative matrices, where they are used.
+    pub plane: Option<PlaneTile>,
     /// Tiles of `mma` products, where they are used instead.
     pub mma: Option<MmaTiles>,
 }
@@ -67,12 +70,14 @@ impl<'a, R: Runtime> Call<'a, R> {
         let properties = client.properties();
         let (block_size, head_dim) = (options.block_size, shape.head_dim);
         let product = options.product;
-        let (mut mma, mut fragments) = (None, None);
+        let (mut mma, mut fragments, mut plane) = (None, None, None);
         if matches!(product, TileProduct::Auto | TileProduct::Mma) {
             mma = MmaTiles::new(properties, &inputs, options);
         }
         if product == TileProduct::Cmma || (product == TileProduct::Auto && mma.is_none()) {
-            fragments = SquareTile::by_fragments(properties, block_size, head_dim, inputs.q.dtype);
+            plane = PlaneTile::new(properties, block_size, head_dim, inputs.q.dtype);
+            fragments = SquareTile::by_fragments(properties, block_size, head_dim, inputs.q.dtype)
+                .filter(|_| plane.is_some());
         }
         let missing = match product {
             TileProduct::Auto | TileProduct::Units => false,
@@ -95,6 +100,7 @@ impl<'a, R: Runtime> Call<'a, R> {
             rows,
             scale: shape.scale(options) as f32,
             square: fragments.unwrap_or_else(units),
+            plane,
             mma,
             inputs,
             shape,

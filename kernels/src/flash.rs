@@ -8,6 +8,7 @@ use crate::{
     call::Call,
     decode::{MAX_DECODE_QUERIES, split_keys},
     flash_mma::flash_mma,
+    flash_plane::flash_plane,
     square_tile::{
         MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_products, new_stage, new_weights,
         score_tile, value_tile,
@@ -30,7 +31,10 @@ pub(crate) fn flash<R: Runtime>(call: &Call<'_, R>, plan: Option<&Plan>, lse: &H
     match call.mma {
         _ if plan.is_none() && few => split_keys(call, lse),
         Some(tiles) => flash_mma(call, plan, lse, tiles.flash),
-        None => flash_square(call, plan, lse),
+        None => match call.plane {
+            Some(tile) => flash_plane(call, plan, lse, tile),
+            None => flash_square(call, plan, lse),
+        },
     }
 }
 

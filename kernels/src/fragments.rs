@@ -17,6 +17,8 @@ pub(crate) struct Fragments {
     pub k: usize,
     /// Units of the widest plane.
     pub plane: usize,
+    /// Units of the narrowest plane.
+    pub narrowest: usize,
 }
 
 impl Fragments {
@@ -30,7 +32,9 @@ impl Fragments {
         });
         let config = fitting.max_by_key(|config| config.m * config.n * config.k)?;
         let [m, n, k] = [config.m, config.n, config.k].map(|size| size as usize);
-        Some(Self { m, n, k, plane: properties.hardware.plane_size_max as usize })
+        let [plane, narrowest] = [properties.hardware.plane_size_max, properties.hardware.plane_size_min]
+            .map(|size| size as usize);
+        Some(Self { m, n, k, plane, narrowest })
     }
 }
 

@@ -33,14 +33,17 @@ mod decode;
 mod filter;
 mod flash;
 mod flash_mma;
+mod flash_plane;
 mod fragments;
 mod ladder;
+pub mod layers;
 mod mma_columns;
 mod mma_rows;
 mod mma_tile;
 mod numbers;
 mod op;
 mod plan;
+mod plane_tile;
 mod sample;
 mod select;
 pub mod selftest;
@@ -49,14 +52,14 @@ mod tensor;
 mod walk;
 
 pub use attention::{
-    Attention, Report, Stage, available_products, decode, dense_attention, planned_attention,
-    sample_attention, sample_attention_by_stage, sample_plan,
+    Attention, Report, available_products, decode, dense_attention, planned_attention, sample_attention,
+    sample_plan, time_stages,
 };
 pub use decode::MAX_DECODE_QUERIES;
 pub use numbers::{from_bytes, to_bytes};
 pub use op::{OpInputs, OpOutputs, run_op};
 pub use plan::Plan;
 pub use sample_attention_plan::{
-    AttentionShape, Error, HostPlan, Rule, SampleAttentionOptions, TileProduct, reference,
+    AttentionShape, Error, HostPlan, Rule, SampleAttentionOptions, Stage, StageTimes, TileProduct, reference,
 };
 pub use tensor::{TensorView, bf16_type, f32_type, half_type};

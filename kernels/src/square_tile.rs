@@ -31,10 +31,10 @@ pub(crate) const PART: usize = 4;
 const UNIT_CHUNK: usize = 16;
 
 /// Elements between staged rows of cooperative matrices, against bank conflicts: 16 bytes.
-const PADDING: usize = 8;
+pub(crate) const PADDING: usize = 8;
 
 /// Alignment that cooperative matrices ask of shared memory, in bytes.
-const ALIGNMENT: usize = 32;
+pub(crate) const ALIGNMENT: usize = 32;
 
 /// Edge of a score tile, the length of its rows, and what multiplies them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -53,13 +53,13 @@ impl<R: Runtime> TensorView<R> {
     }
 
     /// Elements from the first to behind the last one that the view reaches.
-    fn extent(&self) -> usize {
+    pub(crate) fn extent(&self) -> usize {
         let last: usize =
             self.shape.iter().zip(self.strides).map(|(&size, stride)| (size - 1) * stride).sum();
         last + 1
     }
 
-    fn check(&self, name: &'static str, shape: [usize; 4]) -> Result<(), Error> {
+    pub(crate) fn check(&self, name: &'static str, shape: [usize; 4]) -> Result<(), Error> {
         if self.shape != shape {
             let (found, expected) = (format!("{:?}", self.shape), format!("{shape:?}"));
             return Err(Error::tensor(name, "shape", found, expected));
@@ -82,6 +82,11 @@ impl<R: Runtime> TensorView<R> {
         // The stride of a dimension of size 1 is never used.
         strides.iter().zip(self.shape).all(|(&stride, size)| size == 1 || stride.is_multiple_of(width))
             && offset.is_multiple_of(width * self.dtype.size())
+    }
+
+    /// Addresses that reach every element.
+    pub(crate) fn address_type(&self) -> AddressType {
+        AddressType::from_len(self.extent())
     }
 
     pub(crate) fn arg(&self) -> TensorArg<R> {

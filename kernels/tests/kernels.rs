@@ -4,6 +4,7 @@
 
 #[path = "common/mod.rs"]
 mod common;
+mod layers;
 
 use std::{fs, path::PathBuf};
 
@@ -11,9 +12,9 @@ use common::{assert_passes, client, close, fresh_rng, options, read, run, shape,
 use sample_attention_kernels::{
     AttentionShape, Error, HostPlan, Rule, SampleAttentionOptions, Stage, TensorView, TileProduct, bf16_type,
     decode, dense_attention, f32_type, half_type, planned_attention, reference, sample_attention,
-    sample_attention_by_stage, sample_plan,
+    sample_plan,
     selftest::{GoldenCase, PlanCheck, Problem},
-    to_bytes,
+    time_stages, to_bytes,
 };
 
 const RULES: [Rule; 3] = [Rule::Total, Rule::Residual, Rule::Joint];
@@ -173,10 +174,8 @@ fn stages_add_up_to_the_whole() {
         planned_attention(&client, &q, &k, &v, &out, &plan, &options).expect("a valid call");
         assert_eq!(read(&client, &out.handle), expected.out, "{rule:?}");
 
-        let mut stages = Vec::new();
-        let tensors = [&q, &k, &v, &out];
-        sample_attention_by_stage(&client, tensors, &options, |stage| stages.push(stage))
-            .expect("a valid call");
+        let times = time_stages(&client, [&q, &k, &v, &out], &options).expect("a valid call");
+        let stages: Vec<Stage> = times.stages.iter().map(|&(stage, _)| stage).collect();
         let bands = (rule == Rule::Joint).then_some(Stage::Bands);
         let all =
             [Some(Stage::Rows), bands, Some(Stage::Columns), Some(Stage::Filter), Some(Stage::Attention)];

@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
@@ -8,6 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use long_context::cache::AttentionConfig;
 use long_context_runtime::BackendChoice;
 use sample_attention::{Preset, SampleAttentionOptions};
+use serde::{Deserialize, Serialize};
+
+use crate::bench::args::{BenchArgs, CaptureArgs};
+
+pub use crate::commands::eval::args::EvalCommand;
+pub use crate::commands::inspect::InspectArgs;
 
 /// Long-context language models with SampleAttention.
 #[derive(Debug, Parser)]
@@ -31,8 +38,17 @@ pub enum Command {
     Tokenize(TokenizeArgs),
     /// Write the logits after every token, [n, vocab] in f32, to a safetensors file
     Logits(LogitsArgs),
+    /// Measure what an attention costs in quality: hidden keys, perplexity, LongBench, rules side by side
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Show what an attention kept of a prompt, head by head, as a page
+    Inspect(InspectArgs),
     /// Run SampleAttention on the tensors q, k and v of a file
     Op(OpArgs),
+    /// Time attention or a model, kind against kind, backend against backend
+    Bench(BenchArgs),
+    /// Write the q, k and v that a layer attends on a text, for sattn op and sattn bench op
+    Capture(CaptureArgs),
     /// Check the kernels on this machine's device against float64, case by case
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     Selftest(SelftestArgs),
@@ -142,7 +158,7 @@ pub struct LogitsArgs {
 
 #[derive(Debug, Args)]
 pub struct OpArgs {
-    /// Safetensors file with q [batch, heads, Sq, D], k and v [batch, kv heads, Sk, D]
+    /// Safetensors file with q [batch, heads, Sq, D], k and v [batch, kv heads, Sk, D], in f32, f16 or bf16
     pub input: PathBuf,
     /// JSON file with the options (alpha, row_ratio, window_ratio, coverage, ...), or an object that holds
     /// them under "config" [default: the default preset]
@@ -264,18 +280,25 @@ impl ModelArgs {
 
 /// `3=paper` or `0-7=dense`.
 fn layers(text: &str) -> Result<(RangeInclusive<usize>, Preset), String> {
-    let parsed = || {
-        let (layers, preset) = text.split_once('=')?;
-        let (first, last) = layers.split_once('-').unwrap_or((layers, layers));
-        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
-        (first <= last && last < MOST_LAYERS).then(|| Some((first..=last, preset.parse().ok()?)))?
-    };
-    parsed().ok_or_else(|| "expected layers and a preset, such as 0-2=dense or 7=paper".to_string())
+    let parsed = text
+        .split_once('=')
+        .and_then(|(layers, preset)| Some((layer_range(layers).ok()?, preset.parse().ok()?)));
+    parsed.ok_or_else(|| "expected layers and a preset, such as 0-2=dense or 7=paper".to_string())
+}
+
+/// `3` or `0-7`.
+pub fn layer_range(text: &str) -> Result<RangeInclusive<usize>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) if first <= last && last < MOST_LAYERS => Ok(first..=last),
+        _ => Err("expected layers, such as 4 or 0-7".to_string()),
+    }
 }
 
 const MOST_LAYERS: usize = 10_000;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum BackendName {
     Auto,
     /// NVIDIA, through CUDA
@@ -299,12 +322,30 @@ impl From<BackendName> for BackendChoice {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DtypeName {
     Auto,
     F32,
     F16,
     Bf16,
+}
+
+impl fmt::Display for BackendName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        value_name(self, formatter)
+    }
+}
+
+impl fmt::Display for DtypeName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        value_name(self, formatter)
+    }
+}
+
+/// As the command line takes it.
+fn value_name(value: &impl ValueEnum, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+    value.to_possible_value().map_or(Ok(()), |value| formatter.pad(value.get_name()))
 }
 
 impl From<DtypeName> for Option<DType> {
@@ -328,12 +369,12 @@ pub enum RopeRatioMeaning {
     Position,
 }
 
-fn share(text: &str) -> Result<f64, String> {
+pub fn share(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
     share.ok_or_else(|| "expected a number from 0 to 1".to_string())
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("expected at least 1".to_string()),
         Ok(number) => Ok(number),

@@ -36,9 +36,21 @@ pub enum Error {
     #[error("--tokens: found {found}, expected {least} to {most} (the bundled text under this tokenizer)")]
     DemoTokens { found: usize, least: usize, most: usize },
     #[error(transparent)]
+    Eval(#[from] long_context_eval::Error),
+    #[error("{flag}: found {found}, expected {expected}")]
+    Flag { flag: &'static str, found: String, expected: String },
+    #[error(transparent)]
     Device(#[from] long_context_runtime::Error),
     #[error("{}: {found}", path.display())]
     Content { path: PathBuf, found: String },
+    #[error("{flag}: found {found}, expected {expected}")]
+    Argument { flag: &'static str, found: String, expected: String },
+    #[error("model: found neither a folder nor --shape, expected one of them")]
+    NoModel,
+    #[error("--shape: found '{found}', expected {}", long_context::models::ModelConfig::SHAPES.join(", "))]
+    Shape { found: String },
+    #[error("bench: nothing could be measured")]
+    NothingMeasured,
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("selftest: some checks failed")]
     Selftest,
@@ -48,7 +60,8 @@ impl Error {
     /// 2 for bad input, 1 for a failing device or stream.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Generate(GenerateError::Device(_)) | Self::Output(_) => 1,
+            Self::Generate(GenerateError::Device(_)) | Self::Output(_) | Self::NothingMeasured => 1,
+            Self::Eval(long_context_eval::Error::Generate(GenerateError::Device(_))) => 1,
             #[cfg(any(feature = "cuda", feature = "wgpu"))]
             Self::Selftest => 1,
             Self::Device(long_context_runtime::Error::Failed(_)) => 1,

@@ -1,10 +1,12 @@
 //! `sattn`: long-context language models from the command line.
 
 mod args;
+mod bench;
 mod commands;
 mod error;
 mod report;
 mod session;
+mod tensors;
 
 use std::process::ExitCode;
 
@@ -28,7 +30,11 @@ fn main() -> ExitCode {
         Command::Info(args) => commands::info::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
+        Command::Eval(command) => commands::eval::run(command),
+        Command::Inspect(args) => commands::inspect::run(args),
         Command::Op(args) => commands::op::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Capture(args) => commands::capture::run(args),
         #[cfg(any(feature = "cuda", feature = "wgpu"))]
         Command::Selftest(args) => commands::selftest::run(args),
     });

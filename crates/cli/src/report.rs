@@ -158,7 +158,7 @@ pub fn size(bytes: u64) -> String {
 }
 
 /// The most memory that this process has held, where the system tells.
-fn peak_host_bytes() -> Option<u64> {
+pub fn peak_host_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -173,6 +173,18 @@ pub fn load_bar(quiet: bool, bytes: u64) -> ProgressBar {
 /// A bar over the tokens of a prompt, with the rate.
 pub fn prefill_bar(quiet: bool, tokens: usize) -> ProgressBar {
     bar(quiet, tokens as u64, "prefill {wide_bar} {pos}/{len} tokens {per_sec}")
+}
+
+/// A bar over the jobs of a measurement, with what is going on.
+pub fn job_bar(quiet: bool, jobs: usize) -> ProgressBar {
+    let bar = bar(quiet, jobs as u64, "{pos}/{len} {bar:20} {elapsed} {wide_msg}");
+    bar.enable_steady_tick(Duration::from_secs(1));
+    bar
+}
+
+/// A bar over the steps of an evaluation.
+pub fn step_bar(quiet: bool, steps: usize) -> ProgressBar {
+    bar(quiet, steps as u64, "{wide_bar} {pos}/{len} {eta} left")
 }
 
 fn bar(quiet: bool, length: u64, template: &str) -> ProgressBar {

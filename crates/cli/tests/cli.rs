@@ -2,6 +2,11 @@
 //!
 //! `examples/checkpoint.sh target/checkpoint` makes the trained model.
 
+#[path = "cli/bench.rs"]
+mod bench;
+#[path = "cli/eval.rs"]
+mod eval;
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -8,9 +8,12 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use sample_attention::{
-    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary,
+    AttentionBackend, HostPlan, KeyValueCache, Report, SampleAttentionOptions, Summary, rotary::Rotary,
     sample_attention_with_plan,
 };
+
+use crate::backend::{Heads, LayerBackend, Rotated, float, tensor};
+use crate::stopwatch::{self, Part};
 
 /// Keys and values of every layer, native heads (never repeated for grouped queries).
 #[derive(Debug, Clone)]
@@ -81,6 +84,16 @@ impl fmt::Debug for Observer {
     }
 }
 
+/// Queries and keys that layers attend with in place of their own, to measure a model at a density that its
+/// weights do not have. Values are the layer's own.
+#[derive(Debug, Clone)]
+pub struct StandIn<B: Backend> {
+    /// Of all positions, `[1, heads, positions, head_dim]`.
+    pub q: Tensor<B, 4>,
+    /// Of all positions, `[1, kv_heads, positions, head_dim]`.
+    pub k: Tensor<B, 4>,
+}
+
 /// Dimensions of a [`KvCache`].
 #[derive(Debug, Clone)]
 pub struct KvCacheConfig {
@@ -111,6 +124,7 @@ impl KvCacheConfig {
             options: attention.options,
             summaries: None,
             observer: None,
+            stand_in: None,
         };
         let layers = (0..self.num_layers).map(layer).collect();
         let mut cache = KvCache { layers, length: 0, capacity: self.capacity };
@@ -137,6 +151,7 @@ impl<B: Backend> KvCache<B> {
             options: attention.options,
             summaries: None,
             observer: None,
+            stand_in: None,
         };
         let layers = (0..num_layers).map(layer).collect();
         let mut cache = Self { layers, length: 0, capacity: 0 };
@@ -193,6 +208,13 @@ impl<B: Backend> KvCache<B> {
         }
     }
 
+    /// Lets all layers attend with other queries and keys from now on, or with their own again.
+    pub fn stand_in(&mut self, stand_in: Option<StandIn<B>>) {
+        for layer in &mut self.layers {
+            layer.stand_in = stand_in.clone();
+        }
+    }
+
     /// Reads what each layer's plans kept since the last call; empty where [`AttentionConfig::report`] is off.
     ///
     /// # Errors
@@ -236,33 +258,46 @@ pub struct LayerCache<B: Backend> {
     /// Start and length of each chunk with what its plan kept; `None` where nobody asks.
     summaries: Option<Vec<(usize, usize, Summary<B>)>>,
     observer: Option<Observer>,
+    stand_in: Option<StandIn<B>>,
 }
 
-impl<B: AttentionBackend> LayerCache<B> {
-    /// Appends new positions and attends from them to all that are held.
+impl<B: LayerBackend> LayerCache<B> {
+    /// Takes a fused projection apart, turns its queries and keys, appends the new positions, and attends from them
+    /// to all that are held.
     ///
     /// # Shapes
     ///
-    /// - q: `[batch, heads, length, head_dim]`
-    /// - k, v: `[batch, kv_heads, length, head_dim]`
-    /// - output: like q
+    /// - qkv: `[batch, length, (heads + 2 kv_heads) * head_dim]`
+    /// - output: `[batch, heads, length, head_dim]`
     ///
     /// # Panics
     ///
     /// Where shapes or types do not fit each other or the cache, or the device fails under an observer.
-    pub fn attend(&mut self, q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
-        let (model_dtype, length) = (q.dtype(), k.dims()[2]);
+    pub fn attend(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4> {
+        let device = qkv.device();
+        stopwatch::part::<B, _>(Part::Attention, &device, || self.append_and_attend(qkv, heads, rotary))
+    }
+
+    fn append_and_attend(&mut self, qkv: Tensor<B, 3>, heads: Heads, rotary: &Rotary<B>) -> Tensor<B, 4> {
+        let (model_dtype, length) = (qkv.dtype(), qkv.dims()[1]);
         let (start, q, keys, values) = match &mut self.held {
-            Held::Cache(held) => {
-                let start = held.len();
-                let (keys, values) = held.append(k, v);
-                (start, q, keys, values)
-            }
+            Held::Cache(held) => held.append_by(length, |memory, start| {
+                let Rotated { q, memory, held } =
+                    B::rotate(float(qkv), heads, rotary.clone(), memory.map(float), start);
+                let [keys, values] = held.map(tensor);
+                (memory.map(tensor), (start, tensor(q), keys, values))
+            }),
             Held::Nothing(dtype, attended) => {
-                let [q, k, v] = [q, k, v].map(|tensor| tensor.cast(*dtype));
+                let [q, k, v] = heads.turned(qkv, rotary).map(|part| part.cast(*dtype));
                 *attended = Some([q.clone(), k.clone()]);
                 (0, q, k, v)
             }
+        };
+        let (q, keys) = match &self.stand_in {
+            Some(StandIn { q, k }) => {
+                (q.clone().narrow(2, start, length), k.clone().narrow(2, 0, start + length))
+            }
+            None => (q, keys),
         };
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);
         let attended = sample_attention_with_plan(q, keys, values, &self.options);

@@ -3,13 +3,18 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{DType, Tensor, backend::Backend};
-use sample_attention::AttentionBackend;
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use thiserror::Error;
 
-use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer};
+use crate::backend::LayerBackend;
+use crate::cache::{AttentionConfig, KvCache, LayerReport, Observer, StandIn};
 use crate::models::{Model, ModelConfig, ModelError};
 use crate::sampler::Sampler;
+
+pub use crate::stop::StopStrings;
+
+/// Most rows of logits in memory at a time: a vocabulary is wide.
+const LOGIT_ROWS: usize = 256;
 
 /// What ends a generation early.
 #[derive(Debug, Error)]
@@ -37,13 +42,28 @@ pub trait Engine {
         on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Vec<f32>>, GenerateError>;
 
-    /// Adds tokens as [`prefill`](Engine::prefill) does and hands the logits of each, `[chunk, vocab]`
-    /// row by row, to `on_logits`.
+    /// Adds tokens as [`prefill`](Engine::prefill) does and hands the logits of each, in order, to
+    /// `on_logits`: `[rows, vocab]` row by row, at most 256 rows at a time whatever the chunk.
     ///
     /// # Errors
     ///
     /// Ids that do not fit (nothing is run then), or a failing device.
     fn logits(&mut self, ids: &[u32], on_logits: &mut dyn FnMut(Vec<f32>)) -> Result<(), GenerateError>;
+
+    /// Adds tokens as [`prefill`](Engine::prefill) does; the hidden state after each, `[ids, hidden]` row
+    /// by row: what logits are computed from, in a small part of their memory.
+    ///
+    /// # Errors
+    ///
+    /// Ids that do not fit (nothing is run then), or a failing device.
+    fn hidden(&mut self, ids: &[u32]) -> Result<Vec<f32>, GenerateError>;
+
+    /// The logits of hidden states, `[rows, vocab]` row by row for `[rows, hidden]`.
+    ///
+    /// # Errors
+    ///
+    /// Values that do not make whole rows, or a failing device.
+    fn project(&mut self, hidden: &[f32]) -> Result<Vec<f32>, GenerateError>;
 
     /// The tokens that the sequence holds.
     fn history(&self) -> &[u32];
@@ -94,6 +114,7 @@ impl GeneratorConfig {
             model,
             history: Vec::new(),
             chunk: self.chunk.max(1),
+            dtype: self.dtype,
             device: device.clone(),
         }
     }
@@ -105,6 +126,7 @@ pub struct Generator<B: Backend> {
     cache: KvCache<B>,
     history: Vec<u32>,
     chunk: usize,
+    dtype: DType,
     device: B::Device,
 }
 
@@ -112,7 +134,12 @@ pub struct Generator<B: Backend> {
 type EachChunk<'a, B> =
     dyn FnMut(&Model<B>, Tensor<B, 3>, usize) -> Result<ControlFlow<()>, GenerateError> + 'a;
 
-impl<B: AttentionBackend> Generator<B> {
+impl<B: LayerBackend> Generator<B> {
+    /// Lets all layers attend with other queries and keys from now on, or with their own again.
+    pub fn stand_in(&mut self, stand_in: Option<StandIn<B>>) {
+        self.cache.stand_in(stand_in);
+    }
+
     /// Runs `ids` chunk by chunk; `each` gets the hidden states of a chunk, `[1, chunk, hidden]`, and
     /// the number of ids done.
     fn run(&mut self, ids: &[u32], each: &mut EachChunk<'_, B>) -> Result<(), GenerateError> {
@@ -131,7 +158,7 @@ impl<B: AttentionBackend> Generator<B> {
     }
 }
 
-impl<B: AttentionBackend> Engine for Generator<B> {
+impl<B: LayerBackend> Engine for Generator<B> {
     fn prefill(
         &mut self,
         ids: &[u32],
@@ -154,9 +181,32 @@ impl<B: AttentionBackend> Engine for Generator<B> {
 
     fn logits(&mut self, ids: &[u32], on_logits: &mut dyn FnMut(Vec<f32>)) -> Result<(), GenerateError> {
         self.run(ids, &mut |model, hidden, _| {
-            on_logits(read(model.logits(hidden))?);
+            let rows = hidden.dims()[1];
+            for start in (0..rows).step_by(LOGIT_ROWS) {
+                let part = hidden.clone().narrow(1, start, LOGIT_ROWS.min(rows - start));
+                on_logits(read(model.logits(part))?);
+            }
             Ok(ControlFlow::Continue(()))
         })
+    }
+
+    fn hidden(&mut self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
+        let mut all = Vec::new();
+        self.run(ids, &mut |_, hidden, _| {
+            all.extend(read(hidden)?);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(all)
+    }
+
+    fn project(&mut self, hidden: &[f32]) -> Result<Vec<f32>, GenerateError> {
+        let width = self.model.hidden_size();
+        if hidden.is_empty() || !hidden.len().is_multiple_of(width) {
+            return Err(ModelError::Hidden { found: hidden.len(), width }.into());
+        }
+        let data =
+            TensorData::new(hidden.to_vec(), [1, hidden.len() / width, width]).convert_dtype(self.dtype);
+        read(self.model.logits(Tensor::from_data(data, (&self.device, self.dtype))))
     }
 
     fn history(&self) -> &[u32] {
@@ -304,59 +354,4 @@ pub fn generate(
         }
     };
     Ok(generation)
-}
-
-/// Passes text on until a stop string appears, and never shows a part of one.
-#[derive(Debug, Clone)]
-pub struct StopStrings {
-    stops: Vec<String>,
-    held: String,
-}
-
-impl StopStrings {
-    /// Empty stop strings are ignored.
-    pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
-        Self { stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(), held: String::new() }
-    }
-
-    /// Takes more text; what may be shown now, and whether a stop string ended it.
-    pub fn push(&mut self, text: &str) -> (String, bool) {
-        self.held.push_str(text);
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop)).min() {
-            let shown = self.held[..at].to_string();
-            self.held.clear();
-            return (shown, true);
-        }
-        let begins = |at: usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[at..]));
-        let keep =
-            self.held.char_indices().map(|(at, _)| at).find(|&at| begins(at)).unwrap_or(self.held.len());
-        let held = self.held.split_off(keep);
-        (std::mem::replace(&mut self.held, held), false)
-    }
-
-    /// The text held back at the end.
-    pub fn finish(self) -> String {
-        self.held
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stop_strings_hide_their_parts() {
-        let mut stops = StopStrings::new(["END".to_string(), "五六".to_string(), String::new()]);
-        assert_eq!(stops.push("one E"), ("one ".to_string(), false));
-        assert_eq!(stops.push("NO 五"), ("ENO ".to_string(), false));
-        assert_eq!(stops.push("七 EN"), ("五七 ".to_string(), false));
-        assert_eq!(stops.push("D more"), (String::new(), true));
-    }
-
-    #[test]
-    fn held_text_comes_at_the_end() {
-        let mut stops = StopStrings::new(["</s>".to_string()]);
-        assert_eq!(stops.push("a </"), ("a ".to_string(), false));
-        assert_eq!(stops.finish(), "</");
-    }
 }

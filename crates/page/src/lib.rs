@@ -1,5 +1,8 @@
 //! Self-contained HTML pages: one file that opens anywhere, with nothing beside it and no script.
 
+pub mod chart;
+pub mod heatmap;
+
 use std::fmt::Write;
 
 /// A page under construction.
@@ -65,8 +68,8 @@ impl Page {
 const STYLE: &str = "\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left; } td.n { text-align: right; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em; }
+th, td { padding: .2em .6em; border-bottom: 1px solid #ddd; text-align: left; } td.n { text-align: right; white-space: nowrap; }
 figure { margin: 1em 0; } figcaption { color: #666; font-size: .9em; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: #222; }
 ";

@@ -6,8 +6,10 @@ mod geometry;
 mod options;
 mod plan;
 pub mod reference;
+mod stage;
 
 pub use error::Error;
 pub use geometry::AttentionShape;
 pub use options::{Rule, SampleAttentionOptions, TileProduct};
 pub use plan::HostPlan;
+pub use stage::{Stage, StageTimes};

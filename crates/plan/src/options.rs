@@ -2,12 +2,12 @@
 
 use core::fmt;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
 /// How the kept bands and stripes are chosen from the sampled rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Rule {
     /// A window of bands; a column's score is all its sampled mass (the paper).
@@ -19,7 +19,7 @@ pub enum Rule {
 }
 
 /// Which instructions multiply the tiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TileProduct {
     /// The fastest that the device, the type and the strides allow.
@@ -58,7 +58,7 @@ impl fmt::Display for Rule {
 ///
 /// Deserializes from a map of these fields; those that are missing take their default, unknown ones
 /// are refused. `coverage` is another name of `rule`.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SampleAttentionOptions {
     /// How bands and stripes are chosen.

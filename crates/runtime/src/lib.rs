@@ -1,19 +1,24 @@
 //! Finds a device and puts a model on it. The one place that names backend types: behind it are a boxed
 //! [`Engine`] and plain numbers, so that whatever uses it builds fast.
 
+mod attention_bench;
+mod model_bench;
 mod op;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod selftest;
+pub mod structured;
 
 use burn::tensor::{DType, backend::Backend};
 use long_context::generate::{Engine, GeneratorConfig};
 use long_context::models::ModelConfig;
 use long_context_weights::{Checkpoint, Progress};
 
-use sample_attention::AttentionBackend;
+use long_context::backend::LayerBackend;
 
 use thiserror::Error;
 
+pub use attention_bench::{AttentionBench, InputSet};
+pub use model_bench::{ModelBench, Weights};
 pub use op::{OpInputs, OpOutputs};
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub use selftest::Row;
@@ -79,6 +84,15 @@ pub enum Error {
     Checkpoint(#[from] long_context_weights::Error),
 }
 
+impl From<sample_attention::Error> for Error {
+    fn from(error: sample_attention::Error) -> Self {
+        match error {
+            sample_attention::Error::Device(error) => Self::Failed(error),
+            other => Self::Input(other),
+        }
+    }
+}
+
 /// A model on its device.
 pub struct Loaded {
     /// The model at work.
@@ -95,6 +109,8 @@ pub struct Device {
     pub backend: &'static str,
     /// The device's own name.
     pub name: String,
+    /// The driver, where it tells.
+    pub driver: Option<String>,
     /// The type to compute in.
     pub dtype: DType,
 }
@@ -116,7 +132,7 @@ impl Device {
     ///
     /// A backend that this build or this machine does not have, or a type that the device does not.
     pub fn find(choice: BackendChoice, dtype: Option<DType>) -> Result<Self, Error> {
-        let (kind, backend, name) = match choice {
+        let Found { kind, backend, name, driver } = match choice {
             BackendChoice::Auto => cuda().or_else(|| adapter(true)).or_else(cpu).ok_or(Error::NoDevice),
             BackendChoice::Cuda => cuda().ok_or(Error::NoBackend {
                 name: "cuda",
@@ -124,17 +140,19 @@ impl Device {
                 missing: "no NVIDIA driver with a device",
             }),
             BackendChoice::Vulkan => {
-                adapter(false).filter(|found| found.1 == "vulkan").ok_or(Error::NoBackend {
+                adapter(false).filter(|found| found.backend == "vulkan").ok_or(Error::NoBackend {
                     name: "vulkan",
                     built: cfg!(feature = "vulkan"),
                     missing: "no Vulkan adapter (on Debian, mesa-vulkan-drivers has one in software)",
                 })
             }
-            BackendChoice::Wgpu => adapter(false).filter(|found| found.1 == "wgpu").ok_or(Error::NoBackend {
-                name: "wgpu",
-                built: cfg!(all(feature = "wgpu", not(feature = "vulkan"))),
-                missing: "no WebGPU adapter",
-            }),
+            BackendChoice::Wgpu => {
+                adapter(false).filter(|found| found.backend == "wgpu").ok_or(Error::NoBackend {
+                    name: "wgpu",
+                    built: cfg!(all(feature = "wgpu", not(feature = "vulkan"))),
+                    missing: "no WebGPU adapter",
+                })
+            }
             BackendChoice::Cpu => cpu().ok_or(Error::NoBackend {
                 name: "cpu",
                 built: cfg!(feature = "flex"),
@@ -142,7 +160,7 @@ impl Device {
             }),
         }?;
         let dtype = choose_dtype(&kind, &name, backend, dtype)?;
-        Ok(Self { kind, backend, name, dtype })
+        Ok(Self { kind, backend, name, driver, dtype })
     }
 
     /// Loads the model of a checkpoint.
@@ -192,7 +210,7 @@ impl Device {
     }
 }
 
-fn load<B: AttentionBackend>(
+fn load<B: LayerBackend>(
     device: &B::Device,
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -209,7 +227,12 @@ fn reserved<R: cubecl::Runtime>(device: &R::Device) -> Option<u64> {
     R::client(device).memory_usage().ok().map(|usage| usage.bytes_reserved)
 }
 
-type Found = (Kind, &'static str, String);
+struct Found {
+    kind: Kind,
+    backend: &'static str,
+    name: String,
+    driver: Option<String>,
+}
 
 #[cfg(feature = "cuda")]
 fn cuda() -> Option<Found> {
@@ -223,7 +246,16 @@ fn cuda() -> Option<Found> {
             .then(|| device::get(0).and_then(device::get_name).unwrap_or_else(|_| "CUDA device".to_string()))
     });
     std::panic::set_hook(hook);
-    Some((Kind::Cuda, "cuda", name.ok().flatten()?))
+    Some(Found { kind: Kind::Cuda, backend: "cuda", name: name.ok().flatten()?, driver: nvidia_driver() })
+}
+
+/// The version of the kernel module, as Linux tells it.
+#[cfg(feature = "cuda")]
+fn nvidia_driver() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    let version =
+        text.split_whitespace().find(|word| word.starts_with(|first: char| first.is_ascii_digit()))?;
+    Some(format!("NVIDIA {version}"))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -251,11 +283,13 @@ fn adapter(gpu_only: bool) -> Option<Found> {
             DeviceType::Cpu if !gpu_only => (3, WgpuDevice::Cpu),
             DeviceType::Cpu | DeviceType::Other => return None,
         };
-        Some((rank, device, info.name))
+        let driver = format!("{} {}", info.driver, info.driver_info).trim().to_string();
+        Some((rank, device, info.name, driver))
     });
-    let (_, device, name) = found.min_by_key(|found| found.0)?;
+    let (_, device, name, driver) = found.min_by_key(|found| found.0)?;
     let backend = if cfg!(feature = "vulkan") && api == wgpu::Backend::Vulkan { "vulkan" } else { "wgpu" };
-    Some((Kind::Wgpu(device), backend, name))
+    let driver = Some(driver).filter(|driver| !driver.is_empty());
+    Some(Found { kind: Kind::Wgpu(device), backend, name, driver })
 }
 
 #[cfg(not(feature = "wgpu"))]
@@ -266,7 +300,7 @@ fn adapter(_gpu_only: bool) -> Option<Found> {
 #[cfg(feature = "flex")]
 fn cpu() -> Option<Found> {
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    Some((Kind::Cpu, "cpu", format!("{threads} threads")))
+    Some(Found { kind: Kind::Cpu, backend: "cpu", name: format!("{threads} threads"), driver: None })
 }
 
 #[cfg(not(feature = "flex"))]

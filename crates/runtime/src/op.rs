@@ -66,13 +66,12 @@ fn run<B: AttentionBackend>(
     let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|(values, shape)| {
         Tensor::<B, 4>::from_data(TensorData::new(values, shape).convert_dtype(dtype), (device, dtype))
     });
-    let shape = sample_attention::check(&q, &k, &v, options).map_err(Error::Input)?;
-    let Attended { output, lse, plan } =
-        sample_attention_with_plan(q, k, v, options).map_err(Error::Input)?;
+    let shape = sample_attention::check(&q, &k, &v, options)?;
+    let Attended { output, lse, plan } = sample_attention_with_plan(q, k, v, options)?;
     let (recall, plans) = match plan {
         Some(plan) => {
             let recall = floats(plan.recall.clone())?.into_iter().step_by(2).collect();
-            (recall, plan.read().map_err(Error::Input)?)
+            (recall, plan.read()?)
         }
         None => {
             let heads = shape.heads();
@@ -96,7 +95,7 @@ fn run<B: AttentionBackend>(
     })
 }
 
-fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
+pub(crate) fn floats<B: AttentionBackend, const D: usize>(tensor: Tensor<B, D>) -> Result<Vec<f32>, Error> {
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| Error::Failed(error.to_string()))?;
-    Ok(data.iter::<f32>().collect())
+    data.into_vec().map_err(|error| Error::Failed(format!("{error:?}")))
 }

@@ -1,22 +1,19 @@
 //! The kernels behind Burn's CubeCL backends, fused or not.
 
-use std::marker::PhantomData;
-
-use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_cubecl::cubecl::server::Handle;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
-use burn_fusion::stream::{Operation, OperationStreams};
-use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
-use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
+use burn_fusion::{Fusion, FusionBackend};
 use burn_std::Metadata;
 use sample_attention_kernels::{
-    self as kernels, AttentionShape, SampleAttentionOptions, TensorView, TileProduct,
+    self as kernels, AttentionShape, SampleAttentionOptions, StageTimes, TensorView, TileProduct,
 };
 
 use crate::backend::{AttentionBackend, Sparse, plain_dense};
+use crate::fusion::{Fusing, register};
+use crate::{Error, StagedBackend};
 
 impl<R, F, I, BT> AttentionBackend for CubeBackend<R, F, I, BT>
 where
@@ -75,6 +72,29 @@ where
     }
 }
 
+impl<R, F, I, BT> StagedBackend for CubeBackend<R, F, I, BT>
+where
+    R: CubeRuntime,
+    F: FloatElement,
+    I: IntElement,
+    BT: BoolElement,
+{
+    fn time_stages(
+        q: CubeTensor<R>,
+        k: CubeTensor<R>,
+        v: CubeTensor<R>,
+        options: &SampleAttentionOptions,
+    ) -> Result<StageTimes, Error> {
+        let launched = launch(&q, &k, &v, |[q_view, k_view, v_view], output| {
+            kernels::time_stages(&q.client, [q_view, k_view, v_view, output], options)
+        });
+        launched.map(|(_, times)| times).map_err(|error| match error {
+            kernels::Error::Device(error) => Error::Device(error),
+            other => Error::Input(other),
+        })
+    }
+}
+
 fn tensor<R: CubeRuntime>(like: &CubeTensor<R>, handle: Handle, shape: Shape, dtype: DType) -> CubeTensor<R> {
     let strides = burn_std::tensor::contiguous_strides(&shape);
     CubeTensor::new(like.client.clone(), handle, Metadata::new(shape, strides), like.device.clone(), dtype)
@@ -115,67 +135,23 @@ fn launch<R: CubeRuntime, T>(
     Ok((output, result))
 }
 
-fn view<R: CubeRuntime>(tensor: &CubeTensor<R>) -> TensorView<R> {
+/// A tensor of four dimensions as the kernels take it.
+pub fn view<R: CubeRuntime>(tensor: &CubeTensor<R>) -> TensorView<R> {
     let strides = tensor.meta.strides();
     let strides = [strides[0], strides[1], strides[2], strides[3]];
     TensorView::new(tensor.handle.clone(), tensor.shape().dims(), strides, tensor.dtype.into())
 }
 
-/// An operation of this crate in a fused stream: its tensors, and what runs it on the inner backend.
-struct Fused<B, F> {
-    description: CustomOpIr,
-    run: F,
-    backend: PhantomData<fn() -> B>,
-}
-
-impl<B, F> std::fmt::Debug for Fused<B, F> {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.description.fmt(formatter)
-    }
-}
-
-impl<B, F> Operation<B::FusionRuntime> for Fused<B, F>
-where
-    B: FusionBackend + AttentionBackend,
-    F: Fn([FloatTensor<B>; 3], &[TensorIr], &mut HandleContainer<Handles<B>>) + Send + Sync + 'static,
-{
-    fn execute(&self, handles: &mut HandleContainer<Handles<B>>) {
-        let inputs = [0, 1, 2].map(|at: usize| handles.get_float_tensor::<B>(&self.description.inputs[at]));
-        (self.run)(inputs, &self.description.outputs, handles);
-    }
-}
-
-type Handles<B> = <<B as FusionBackend>::FusionRuntime as FusionRuntime>::FusionHandle;
-type Fusing<B> = FloatTensor<Fusion<B>>;
-
-/// Registers an operation on q, k and v with outputs of these shapes and types.
-fn register<B: FusionBackend + AttentionBackend>(
-    name: &'static str,
-    [q, k, v]: [Fusing<B>; 3],
-    outputs: &[(Shape, DType)],
-    run: impl Fn([FloatTensor<B>; 3], &[TensorIr], &mut HandleContainer<Handles<B>>) + Send + Sync + 'static,
-) -> Vec<Fusing<B>> {
-    let client = q.client.clone();
-    let streams = OperationStreams::with_inputs([&q, &k, &v]);
-    let output = |(shape, dtype): &(Shape, DType)| {
-        TensorIr::uninit(client.create_empty_handle(), shape.clone(), *dtype)
-    };
-    let outputs: Vec<TensorIr> = outputs.iter().map(output).collect();
-    let description = CustomOpIr::new(name, &[q.into_ir(), k.into_ir(), v.into_ir()], &outputs);
-    let operation = Fused::<B, _> { description: description.clone(), run, backend: PhantomData };
-    client.register(streams, OperationIr::Custom(description), operation)
-}
-
 impl<B: FusionBackend + AttentionBackend> AttentionBackend for Fusion<B> {
     fn dense_attention(q: Fusing<B>, k: Fusing<B>, v: Fusing<B>, scale: f64) -> (Fusing<B>, Fusing<B>) {
         let outputs = [(q.shape.clone(), q.dtype), (rows(&q.shape), DType::F32)];
-        let outputs =
-            register::<B>("dense_attention", [q, k, v], &outputs, move |[q, k, v], outputs, handles| {
+        let [output, lse] =
+            register::<B, 3, 0, 2>("dense_attention", [q, k, v], [], outputs, move |inputs, [], outputs| {
+                let [q, k, v] = inputs;
                 let (output, lse) = B::dense_attention(q, k, v, scale);
-                handles.register_float_tensor::<B>(&outputs[0].id, output);
-                handles.register_float_tensor::<B>(&outputs[1].id, lse);
+                outputs.float(0, output);
+                outputs.float(1, lse);
             });
-        let [output, lse] = outputs.try_into().expect("as many outputs as were registered");
         (output, lse)
     }
 
@@ -189,23 +165,28 @@ impl<B: FusionBackend + AttentionBackend> AttentionBackend for Fusion<B> {
         let [_, kv_heads, kv_len, _] = k.shape.dims();
         let shape = AttentionShape { batch, q_heads, kv_heads, q_len, kv_len, head_dim };
         let shapes = sparse_shapes(&q.shape, shape.blocks(options), shape.tail_start(options));
-        let types = [DType::F32, DType::F32, DType::F32, DType::I32, DType::I32];
-        let outputs: Vec<_> =
-            [(q.shape.clone(), q.dtype)].into_iter().chain(shapes.into_iter().zip(types)).collect();
+        let [lse, density, recall, table, stripes] = shapes;
+        let (float, int) = (DType::F32, DType::I32);
+        let outputs = [
+            (q.shape.clone(), q.dtype),
+            (lse, float),
+            (density, float),
+            (recall, float),
+            (table, int),
+            (stripes, int),
+        ];
         let options = *options;
-        let outputs =
-            register::<B>("sample_attention", [q, k, v], &outputs, move |[q, k, v], outputs, handles| {
+        let [output, lse, density, recall, table, stripes] =
+            register::<B, 3, 0, 6>("sample_attention", [q, k, v], [], outputs, move |inputs, [], outputs| {
+                let [q, k, v] = inputs;
                 let sparse = B::sample_attention(q, k, v, &options);
                 let floats = [sparse.output, sparse.lse, sparse.density, sparse.recall];
-                for (output, tensor) in outputs.iter().zip(floats) {
-                    handles.register_float_tensor::<B>(&output.id, tensor);
+                for (at, tensor) in floats.into_iter().enumerate() {
+                    outputs.float(at, tensor);
                 }
-                for (output, tensor) in outputs[4..].iter().zip([sparse.table, sparse.stripes]) {
-                    handles.register_int_tensor::<B>(&output.id, tensor);
-                }
+                outputs.int(4, sparse.table);
+                outputs.int(5, sparse.stripes);
             });
-        let [output, lse, density, recall, table, stripes] =
-            outputs.try_into().expect("as many outputs as were registered");
         Sparse { output, lse, density, recall, table, stripes }
     }
 }

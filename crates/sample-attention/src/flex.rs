@@ -1,12 +1,15 @@
 //! The processor's attention behind Burn's `Flex` backend.
 
+use std::time::Instant;
+
 use burn::tensor::ops::FloatTensorOps;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_flex::{Flex, FlexTensor, Layout};
-use sample_attention_plan::SampleAttentionOptions;
+use sample_attention_plan::{SampleAttentionOptions, StageTimes};
 
 use crate::backend::{AttentionBackend, Sparse};
 use crate::cpu::{self, View};
+use crate::{Error, StagedBackend};
 
 impl AttentionBackend for Flex {
     fn dense_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f64) -> (FlexTensor, FlexTensor) {
@@ -25,7 +28,7 @@ impl AttentionBackend for Flex {
     ) -> Sparse<Self> {
         let (dtype, shape) = (q.dtype(), q.layout().shape().clone());
         let [q, k, v] = [q, k, v].map(viewable);
-        let sparse = cpu::sample_attention(view(&q), view(&k), view(&v), options);
+        let sparse = cpu::sample_attention(view(&q), view(&k), view(&v), options, &mut |_| ());
         let [batch, heads, rows, _] = shape.dims();
         let tables = sparse.tables();
         Sparse {
@@ -36,6 +39,23 @@ impl AttentionBackend for Flex {
             table: integers(tables.table, batch * heads),
             stripes: integers(tables.stripes, batch * heads),
         }
+    }
+}
+
+impl StagedBackend for Flex {
+    fn time_stages(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        options: &SampleAttentionOptions,
+    ) -> Result<StageTimes, Error> {
+        let [q, k, v] = [q, k, v].map(viewable);
+        let (mut stages, mut begin) = (Vec::new(), Instant::now());
+        cpu::sample_attention(view(&q), view(&k), view(&v), options, &mut |stage| {
+            stages.push((stage, begin.elapsed()));
+            begin = Instant::now();
+        });
+        Ok(StageTimes { stages, on_device: false })
     }
 }
 

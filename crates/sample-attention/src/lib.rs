@@ -23,14 +23,16 @@
 #[cfg(feature = "autodiff")]
 mod autodiff;
 mod backend;
-mod cache;
+pub mod cache;
 #[cfg(feature = "cpu")]
 mod cpu;
 #[cfg(feature = "cube")]
-mod cube;
+pub mod cube;
 mod error;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "cube")]
+pub mod fusion;
 #[cfg(feature = "autodiff")]
 mod gradient;
 mod module;
@@ -40,6 +42,7 @@ pub mod plain;
 mod preset;
 mod report;
 pub mod rotary;
+mod stages;
 
 use std::fmt::Debug;
 
@@ -51,7 +54,10 @@ pub use error::Error;
 pub use module::{SampleAttention, SampleAttentionConfig};
 pub use preset::Preset;
 pub use report::{HeadReport, Plan, Report, Summary};
-pub use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptions};
+pub use sample_attention_plan::{
+    AttentionShape, HostPlan, Rule, SampleAttentionOptions, Stage, StageTimes, reference,
+};
+pub use stages::{StagedBackend, time_stages};
 
 /// SampleAttention: causal softmax attention over the keys that sampled query rows ask for.
 ///

@@ -28,7 +28,7 @@ impl AttentionBackend for NdArray {
         options: &SampleAttentionOptions,
     ) -> Sparse<Self> {
         let [q, k, v] = [q, k, v].map(Host::new);
-        let sparse = cpu::sample_attention(q.view(), k.view(), v.view(), options);
+        let sparse = cpu::sample_attention(q.view(), k.view(), v.view(), options, &mut |_| ());
         let tables = sparse.tables();
         let [batch, heads, rows, _] = q.shape;
         let all = batch * heads;

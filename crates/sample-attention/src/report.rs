@@ -121,7 +121,7 @@ pub struct Report {
 
 impl Report {
     /// Every head dense.
-    pub(crate) fn dense(heads: usize) -> Self {
+    pub fn dense(heads: usize) -> Self {
         let head =
             HeadReport { dense: true, density: 1.0, recall_mean: 1.0, recall_min: 1.0, stripes: 0, bands: 0 };
         Self { heads: vec![head; heads] }

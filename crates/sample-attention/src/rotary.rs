@@ -61,9 +61,12 @@ impl RotaryConfig {
 /// The rotation of a run of positions, made once a forward pass and shared by its layers.
 #[derive(Debug, Clone)]
 pub struct Rotary<B: Backend> {
-    cos: Tensor<B, 4>,
-    sin: Tensor<B, 4>,
-    pairs: RotaryPairs,
+    /// Cosines, `[1, length, 1, width / 2]`, f32.
+    pub cos: Tensor<B, 4>,
+    /// Sines, like `cos`.
+    pub sin: Tensor<B, 4>,
+    /// How features pair up.
+    pub pairs: RotaryPairs,
 }
 
 impl<B: Backend> Rotary<B> {

@@ -41,7 +41,7 @@ pub fn run(args: LogitsArgs) -> Result<ExitCode, Error> {
 }
 
 /// Ids in the argument itself, or in the file that it names.
-fn parse_ids(argument: &str) -> Result<Vec<u32>, Error> {
+pub fn parse_ids(argument: &str) -> Result<Vec<u32>, Error> {
     let path = Path::new(argument);
     let text = if path.is_file() { super::read_file(path)? } else { argument.to_string() };
     text.split(|c: char| c == ',' || c.is_whitespace() || c == '[' || c == ']')

@@ -1,6 +1,9 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::backend::{LayerBackend, float, tensor};
+use crate::stopwatch::{self, Part};
+
 /// Configuration of a [`Linear`] layer.
 #[derive(Debug, Clone)]
 pub struct LinearConfig {
@@ -42,7 +45,7 @@ pub struct Linear<B: Backend> {
     pub bias: Option<Param<Tensor<B, 1>>>,
 }
 
-impl<B: Backend> Linear<B> {
+impl<B: LayerBackend> Linear<B> {
     /// Applies the projection.
     ///
     /// # Shapes
@@ -50,14 +53,39 @@ impl<B: Backend> Linear<B> {
     /// - x: `[batch, length, in]`
     /// - output: `[batch, length, out]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let [batch, length, d_input] = x.dims();
-        let weight = self.weight.val();
-        let d_output = weight.dims()[0];
-        let y = x.reshape([batch * length, d_input]).matmul(weight.transpose());
-        let y = match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
-            None => y,
-        };
-        y.reshape([batch, length, d_output])
+        self.project(x, None)
     }
+
+    /// `residual + y`, with y as in [`Linear::forward`].
+    ///
+    /// # Shapes
+    ///
+    /// - x: `[batch, length, in]`
+    /// - residual, output: `[batch, length, out]`
+    pub fn forward_onto(&self, residual: Tensor<B, 3>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.project(x, Some(residual))
+    }
+
+    fn project(&self, x: Tensor<B, 3>, residual: Option<Tensor<B, 3>>) -> Tensor<B, 3> {
+        let device = x.device();
+        stopwatch::part::<B, _>(Part::Products, &device, || {
+            let bias = self.bias.as_ref().map(|bias| float(bias.val()));
+            tensor(B::project(float(x), float(self.weight.val()), bias, residual.map(float)))
+        })
+    }
+}
+
+/// `silu(x Gᵀ) · x Uᵀ`: the first part of a gated MLP, without biases. Without `up`, the rows of `gate` are those
+/// of G, then those of U.
+///
+/// # Shapes
+///
+/// - x: `[batch, length, in]`
+/// - output: `[batch, length, out]`
+pub fn gated<B: LayerBackend>(gate: &Linear<B>, up: Option<&Linear<B>>, x: Tensor<B, 3>) -> Tensor<B, 3> {
+    let device = x.device();
+    stopwatch::part::<B, _>(Part::Products, &device, || {
+        let up = up.map(|up| float(up.weight.val()));
+        tensor(B::project_gated(float(x), float(gate.weight.val()), up))
+    })
 }

@@ -1,5 +1,7 @@
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::backend::{LayerBackend, float, tensor};
 
 /// Configuration of an [`RmsNorm`] layer.
 #[derive(Debug, Clone)]
@@ -41,21 +43,13 @@ pub struct RmsNorm<B: Backend> {
     cast_before_weight: bool,
 }
 
-impl<B: Backend> RmsNorm<B> {
+impl<B: LayerBackend> RmsNorm<B> {
     /// Normalizes the last dimension.
     ///
     /// # Shapes
     ///
     /// - x, output: `[batch, length, size]`
     pub fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let dtype = x.dtype();
-        let x = x.cast(DType::F32);
-        let normalized = x.clone() / (x.square().mean_dim(2) + self.epsilon).sqrt();
-        let weight = self.weight.val();
-        if self.cast_before_weight {
-            normalized.cast(dtype) * weight.unsqueeze()
-        } else {
-            (normalized * weight.cast(DType::F32).unsqueeze()).cast(dtype)
-        }
+        tensor(B::rms_norm(float(x), float(self.weight.val()), self.epsilon, self.cast_before_weight))
     }
 }

@@ -2,12 +2,15 @@
 //! its config alone.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
-use sample_attention::AttentionBackend;
+use burn::tensor::{Int, Tensor, backend::Backend};
 
 use super::{TensorSpec, embed};
+use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
-use crate::layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs};
+use crate::layers::{
+    Heads, Linear, LinearConfig, Packing, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs, gated,
+    merge_heads,
+};
 
 /// What `rope_ratio` does to the rotary embedding. The published configs use one key for both.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -152,7 +155,7 @@ pub struct ChatGlm<B: Backend> {
     config: ChatGlmConfig,
 }
 
-impl<B: AttentionBackend> ChatGlm<B> {
+impl<B: LayerBackend> ChatGlm<B> {
     /// Rotary embedding, the same for a context of any length.
     pub(super) fn rotary(&self) -> RotaryConfig {
         self.config.rotary()
@@ -187,6 +190,10 @@ impl<B: AttentionBackend> ChatGlm<B> {
         self.head.forward(hidden)
     }
 
+    pub(super) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     pub(super) fn vocab_size(&self) -> usize {
         self.config.padded_vocab_size
     }
@@ -204,13 +211,13 @@ struct Layer<B: Backend> {
     mlp: Mlp<B>,
 }
 
-impl<B: AttentionBackend> Layer<B> {
+impl<B: LayerBackend> Layer<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`
     fn forward(&self, x: Tensor<B, 3>, rotary: &Rotary<B>, cache: &mut LayerCache<B>) -> Tensor<B, 3> {
-        let x = x.clone() + self.attention.forward(self.attention_norm.forward(x), rotary, cache);
-        x.clone() + self.mlp.forward(self.mlp_norm.forward(x))
+        let x = self.attention.forward(self.attention_norm.forward(x.clone()), x, rotary, cache);
+        self.mlp.forward(self.mlp_norm.forward(x.clone()), x)
     }
 }
 
@@ -224,23 +231,27 @@ struct Attention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: AttentionBackend> Attention<B> {
+impl<B: LayerBackend> Attention<B> {
+    /// Adds attention over `x` to the residual stream.
+    ///
     /// # Shapes
     ///
-    /// - x, output: `[batch, length, hidden]`
-    fn forward(&self, x: Tensor<B, 3>, rotary: &Rotary<B>, cache: &mut LayerCache<B>) -> Tensor<B, 3> {
-        let [batch, length, _] = x.dims();
-        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let qkv = self.qkv.forward(x);
-        let part = |first, heads| {
-            let part = qkv.clone().narrow(2, first, heads * self.head_dim);
-            part.reshape([batch, length, heads, self.head_dim])
+    /// - x, residual, output: `[batch, length, hidden]`
+    fn forward(
+        &self,
+        x: Tensor<B, 3>,
+        residual: Tensor<B, 3>,
+        rotary: &Rotary<B>,
+        cache: &mut LayerCache<B>,
+    ) -> Tensor<B, 3> {
+        let heads = Heads {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            packing: Packing::ByKind,
         };
-        let q = rotary.forward(part(0, self.heads)).swap_dims(1, 2);
-        let k = rotary.forward(part(queries, self.kv_heads)).swap_dims(1, 2);
-        let v = part(queries + keys, self.kv_heads).swap_dims(1, 2);
-        let y = cache.attend(q, k, v);
-        self.output.forward(y.swap_dims(1, 2).reshape([batch, length, queries]))
+        let y = cache.attend(self.qkv.forward(x), heads, rotary);
+        self.output.forward_onto(residual, merge_heads(y))
     }
 }
 
@@ -251,13 +262,13 @@ struct Mlp<B: Backend> {
     down: Linear<B>,
 }
 
-impl<B: Backend> Mlp<B> {
+impl<B: LayerBackend> Mlp<B> {
+    /// Adds the MLP of `x` to the residual stream.
+    ///
     /// # Shapes
     ///
-    /// - x, output: `[batch, length, hidden]`
-    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        let gate_up = self.gate_up.forward(x);
-        let [gate, up] = gate_up.chunk(2, 2).try_into().expect("two halves of an even width");
-        self.down.forward(silu(gate) * up)
+    /// - x, residual, output: `[batch, length, hidden]`
+    fn forward(&self, x: Tensor<B, 3>, residual: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.down.forward_onto(residual, gated(&self.gate_up, None, x))
     }
 }

@@ -1,12 +1,15 @@
 //! InternLM2 and InternLM2.5, every size.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor, activation::silu, backend::Backend};
-use sample_attention::AttentionBackend;
+use burn::tensor::{Int, Tensor, backend::Backend};
 
 use super::{TensorSpec, embed};
+use crate::backend::LayerBackend;
 use crate::cache::{KvCache, KvCacheConfig, LayerCache};
-use crate::layers::{Linear, LinearConfig, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs};
+use crate::layers::{
+    Heads, Linear, LinearConfig, Packing, RmsNorm, RmsNormConfig, Rotary, RotaryConfig, RotaryPairs, gated,
+    merge_heads,
+};
 
 /// How the rotary embedding stretches beyond the trained range (`rope_scaling`).
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -157,7 +160,7 @@ pub struct InternLm2<B: Backend> {
     config: InternLm2Config,
 }
 
-impl<B: AttentionBackend> InternLm2<B> {
+impl<B: LayerBackend> InternLm2<B> {
     /// Rotary embedding of a context of `context` positions. Under dynamic NTK new positions turn by its
     /// base; cached keys stay as they were turned, as in the official code.
     pub(super) fn rotary(&self, context: usize) -> RotaryConfig {
@@ -193,6 +196,10 @@ impl<B: AttentionBackend> InternLm2<B> {
         self.head.forward(hidden)
     }
 
+    pub(super) fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     pub(super) fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }
@@ -210,13 +217,13 @@ struct Layer<B: Backend> {
     mlp: Mlp<B>,
 }
 
-impl<B: AttentionBackend> Layer<B> {
+impl<B: LayerBackend> Layer<B> {
     /// # Shapes
     ///
     /// - x, output: `[batch, length, hidden]`
     fn forward(&self, x: Tensor<B, 3>, rotary: &Rotary<B>, cache: &mut LayerCache<B>) -> Tensor<B, 3> {
-        let x = x.clone() + self.attention.forward(self.attention_norm.forward(x), rotary, cache);
-        x.clone() + self.mlp.forward(self.mlp_norm.forward(x))
+        let x = self.attention.forward(self.attention_norm.forward(x.clone()), x, rotary, cache);
+        self.mlp.forward(self.mlp_norm.forward(x.clone()), x)
     }
 }
 
@@ -231,22 +238,27 @@ struct Attention<B: Backend> {
     head_dim: usize,
 }
 
-impl<B: AttentionBackend> Attention<B> {
+impl<B: LayerBackend> Attention<B> {
+    /// Adds attention over `x` to the residual stream.
+    ///
     /// # Shapes
     ///
-    /// - x, output: `[batch, length, hidden]`
-    fn forward(&self, x: Tensor<B, 3>, rotary: &Rotary<B>, cache: &mut LayerCache<B>) -> Tensor<B, 3> {
-        let [batch, length, hidden] = x.dims();
-        let qkv = self.qkv.forward(x).reshape([batch, length, self.kv_heads, self.group + 2, self.head_dim]);
-        let part = |first, slots| {
-            let part = qkv.clone().narrow(3, first, slots);
-            part.reshape([batch, length, self.kv_heads * slots, self.head_dim])
+    /// - x, residual, output: `[batch, length, hidden]`
+    fn forward(
+        &self,
+        x: Tensor<B, 3>,
+        residual: Tensor<B, 3>,
+        rotary: &Rotary<B>,
+        cache: &mut LayerCache<B>,
+    ) -> Tensor<B, 3> {
+        let heads = Heads {
+            heads: self.kv_heads * self.group,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            packing: Packing::ByGroup,
         };
-        let q = rotary.forward(part(0, self.group)).swap_dims(1, 2);
-        let k = rotary.forward(part(self.group, 1)).swap_dims(1, 2);
-        let v = part(self.group + 1, 1).swap_dims(1, 2);
-        let y = cache.attend(q, k, v);
-        self.output.forward(y.swap_dims(1, 2).reshape([batch, length, hidden]))
+        let y = cache.attend(self.qkv.forward(x), heads, rotary);
+        self.output.forward_onto(residual, merge_heads(y))
     }
 }
 
@@ -257,11 +269,13 @@ struct Mlp<B: Backend> {
     down: Linear<B>,
 }
 
-impl<B: Backend> Mlp<B> {
+impl<B: LayerBackend> Mlp<B> {
+    /// Adds the MLP of `x` to the residual stream.
+    ///
     /// # Shapes
     ///
-    /// - x, output: `[batch, length, hidden]`
-    fn forward(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
-        self.down.forward(silu(self.gate.forward(x.clone())) * self.up.forward(x))
+    /// - x, residual, output: `[batch, length, hidden]`
+    fn forward(&self, x: Tensor<B, 3>, residual: Tensor<B, 3>) -> Tensor<B, 3> {
+        self.down.forward_onto(residual, gated(&self.gate, Some(&self.up), x))
     }
 }

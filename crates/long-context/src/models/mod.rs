@@ -2,12 +2,13 @@
 
 pub mod chatglm;
 pub mod internlm2;
+mod shapes;
 
 use burn::module::Module;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
-use sample_attention::AttentionBackend;
 use thiserror::Error;
 
+use crate::backend::LayerBackend;
 use crate::cache::{AttentionConfig, KvCache, KvCacheConfig};
 use crate::layers::{Linear, Rotary, RotaryConfig};
 use chatglm::{ChatGlm, ChatGlmConfig, RopeRatio};
@@ -175,6 +176,14 @@ pub enum ModelError {
         /// Positions allocated.
         capacity: usize,
     },
+    /// Hidden states that are no rows of the model's width.
+    #[error("hidden states: found {found} values, expected rows of {width}")]
+    Hidden {
+        /// Values given.
+        found: usize,
+        /// Width of the residual stream.
+        width: usize,
+    },
 }
 
 /// What [`Model::forward_sequences`] computes.
@@ -197,7 +206,7 @@ pub enum Model<B: Backend> {
     InternLm2(InternLm2<B>),
 }
 
-impl<B: AttentionBackend> Model<B> {
+impl<B: LayerBackend> Model<B> {
     /// Whether `ids` can be run after what the cache holds.
     ///
     /// # Errors
@@ -302,6 +311,14 @@ impl<B: AttentionBackend> Model<B> {
         match self {
             Self::ChatGlm(model) => model.logits(hidden),
             Self::InternLm2(model) => model.logits(hidden),
+        }
+    }
+
+    /// Width of the residual stream.
+    pub(crate) fn hidden_size(&self) -> usize {
+        match self {
+            Self::ChatGlm(model) => model.hidden_size(),
+            Self::InternLm2(model) => model.hidden_size(),
         }
     }
 

@@ -7,7 +7,7 @@ mod math;
 mod sample;
 
 use rayon::prelude::*;
-use sample_attention_plan::{AttentionShape, HostPlan, SampleAttentionOptions};
+use sample_attention_plan::{AttentionShape, HostPlan, SampleAttentionOptions, Stage};
 
 use attend::{Scratch, Tile};
 
@@ -113,12 +113,13 @@ pub(crate) fn dense_attention(q: View<'_>, k: View<'_>, v: View<'_>, scale: f64)
     planned_attention(q, k, v, scale as f32, None)
 }
 
-/// SampleAttention; some rows stand above the tail.
+/// SampleAttention; some rows stand above the tail. Calls back after each stage.
 pub(crate) fn sample_attention(
     q: View<'_>,
     k: View<'_>,
     v: View<'_>,
     options: &SampleAttentionOptions,
+    after: &mut dyn FnMut(Stage),
 ) -> Sparse {
     let shape = shape_of(&q, &k);
     let scale = shape.scale(options) as f32;
@@ -133,7 +134,9 @@ pub(crate) fn sample_attention(
         })
         .collect();
     let (plans, all_lse): (Vec<_>, Vec<_>) = sampled.into_iter().unzip();
+    after(Stage::Plan);
     let attention = planned_attention(q, k, v, scale, Some((&plans, options)));
+    after(Stage::Attention);
     let recall = all_lse.iter().zip(attention.lse.chunks_exact(shape.q_len)).map(|(all, kept)| {
         let shares: Vec<f32> =
             rows.iter().zip(all).map(|(&row, all)| (kept[row as usize] - all).exp()).collect();

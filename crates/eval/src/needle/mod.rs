@@ -1,0 +1,261 @@
+//! Keys hidden in long texts: over lengths and depths, does a model find them with sparse attention where it
+//! finds them with dense attention?
+
+mod haystack;
+mod page;
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use long_context::generate::Engine;
+use serde::Serialize;
+
+pub use haystack::{Haystack, NeedlePrompt, Place};
+
+use crate::{Ask, Kept, NamedAttention, Progress, Prompter, Result, answer};
+
+/// Three chapters of a novel, to hide keys in where no other text is given.
+pub const TEXT: &str = include_str!("../../../../examples/pride-and-prejudice.txt");
+
+/// How many keys are hidden, and how many asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// One.
+    Single,
+    /// Three, one of which is asked for.
+    Choice,
+    /// Three, all asked for at once.
+    Several,
+}
+
+impl Variant {
+    /// All variants.
+    pub const ALL: [Self; 3] = [Self::Single, Self::Choice, Self::Several];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Single => "single",
+            Self::Choice => "choice",
+            Self::Several => "several",
+        }
+    }
+
+    /// Tokens that an answer gets: enough for each key to be split into digits, and words between.
+    fn answer_tokens(self) -> usize {
+        match self {
+            Self::Single | Self::Choice => 16,
+            Self::Several => 48,
+        }
+    }
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(self.name())
+    }
+}
+
+/// The prompts to run, and with which attention.
+#[derive(Debug, Clone, Serialize)]
+pub struct NeedleConfig {
+    /// Every prompt is answered with each.
+    pub attentions: Vec<NamedAttention>,
+    /// How many keys.
+    pub variants: Vec<Variant>,
+    /// Tokens of the prompts.
+    pub lengths: Vec<usize>,
+    /// Depths in percent.
+    pub depths: Vec<usize>,
+    /// Prompts of each variant, length and depth.
+    pub prompts: usize,
+    /// Seed of all that is drawn.
+    pub seed: u64,
+}
+
+impl NeedleConfig {
+    /// Answers that a run takes.
+    pub fn answers(&self) -> usize {
+        self.places().len() * self.attentions.len()
+    }
+
+    /// Positions that an engine must hold for a run.
+    pub fn capacity(&self) -> usize {
+        let answer = self.variants.iter().map(|variant| variant.answer_tokens()).max().unwrap_or(0);
+        self.lengths.iter().max().unwrap_or(&0) + answer
+    }
+
+    /// Whether every length has room for a text.
+    ///
+    /// # Errors
+    ///
+    /// A length without, or a missing chat format.
+    pub fn check(&self, haystack: &Haystack<'_>, prompter: &Prompter<'_>) -> Result<()> {
+        let length = self.lengths.iter().copied().min().unwrap_or(0);
+        for &variant in &self.variants {
+            haystack.prompt(Place { variant, length, depth: 0, seed: self.seed }, prompter)?;
+        }
+        Ok(())
+    }
+
+    fn places(&self) -> Vec<(usize, Place)> {
+        let mut places = Vec::new();
+        // All cells get their first prompt before any gets its second.
+        for prompt in 0..self.prompts {
+            for &variant in &self.variants {
+                for &length in &self.lengths {
+                    for &depth in &self.depths {
+                        let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(places.len() as u64);
+                        places.push((prompt, Place { variant, length, depth, seed }));
+                    }
+                }
+            }
+        }
+        places
+    }
+
+    /// Answers every prompt with every attention. `layers` is the model's number of layers.
+    ///
+    /// # Errors
+    ///
+    /// A length without room for a text, a missing chat format, or a failing device.
+    pub fn run(
+        self,
+        engine: &mut dyn Engine,
+        layers: usize,
+        prompter: &Prompter<'_>,
+        haystack: &Haystack<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<NeedleReport> {
+        let (places, total) = (self.places(), self.answers());
+        let mut report = NeedleReport { config: self, trials: Vec::with_capacity(total) };
+        for (prompt, place) in places {
+            let question = haystack.prompt(place, prompter)?;
+            for attention in report.config.attentions.clone() {
+                engine.set_attention(&attention.config());
+                let answer = find(engine, &question, place.variant, prompter)?;
+                let tokens = question.ids.len();
+                report.trials.push(Trial {
+                    attention: attention.name,
+                    variant: place.variant,
+                    length: place.length,
+                    depth: place.depth,
+                    prompt,
+                    tokens,
+                    found: found(&answer, &question.keys),
+                    keys: question.keys.clone(),
+                    answer,
+                    kept: Kept::of(&engine.take_reports()?, layers, tokens),
+                });
+                if progress(report.trials.len(), total).is_break() {
+                    return Ok(report);
+                }
+            }
+        }
+        Ok(report)
+    }
+}
+
+/// The answer to a question, up to the last key asked for.
+fn find(
+    engine: &mut dyn Engine,
+    question: &NeedlePrompt,
+    variant: Variant,
+    prompter: &Prompter<'_>,
+) -> Result<String> {
+    let tokenizer = prompter.tokenizer();
+    let guesses: Vec<Vec<u32>> = question.keys.iter().map(|key| tokenizer.encode(key)).collect();
+    let ask = Ask {
+        prompt: &question.ids,
+        guesses: &guesses,
+        max_tokens: variant.answer_tokens(),
+        min_tokens: 0,
+        stop: prompter.stop_ids(),
+    };
+    let complete = |ids: &[u32]| found(&tokenizer.decode(ids), &question.keys) == question.keys.len();
+    let ids = answer(engine, &ask, &mut |ids| complete(ids))?;
+    Ok(tokenizer.decode(&ids))
+}
+
+/// How many keys a text holds as numbers of their own: digits around one make it another number.
+fn found(text: &str, keys: &[String]) -> usize {
+    let numbers: BTreeSet<&str> = text.split(|c: char| !c.is_ascii_digit()).collect();
+    keys.iter().filter(|key| numbers.contains(key.as_str())).count()
+}
+
+/// One answer.
+#[derive(Debug, Clone, Serialize)]
+pub struct Trial {
+    /// Name of the attention.
+    pub attention: String,
+    /// How many keys.
+    pub variant: Variant,
+    /// Tokens asked for.
+    pub length: usize,
+    /// Depth in percent.
+    pub depth: usize,
+    /// Number of the prompt in its cell.
+    pub prompt: usize,
+    /// Tokens of the prompt.
+    pub tokens: usize,
+    /// The keys asked for.
+    pub keys: Vec<String>,
+    /// Keys that the answer holds.
+    pub found: usize,
+    /// The answer, which ends after the last key asked for.
+    pub answer: String,
+    /// What the attention kept.
+    #[serde(flatten)]
+    pub kept: Kept,
+}
+
+/// All answers of a run.
+#[derive(Debug, Clone, Serialize)]
+pub struct NeedleReport {
+    /// What was run.
+    #[serde(flatten)]
+    pub config: NeedleConfig,
+    /// The answers, as they came.
+    pub trials: Vec<Trial>,
+}
+
+impl NeedleReport {
+    /// The answers with one attention.
+    pub fn of<'a>(&'a self, attention: &'a str) -> impl Iterator<Item = &'a Trial> {
+        self.trials.iter().filter(move |trial| trial.attention == attention)
+    }
+
+    /// Keys found, and keys asked for, over the answers that `choose` takes.
+    pub fn keys(&self, attention: &str, choose: impl Fn(&Trial) -> bool) -> (usize, usize) {
+        let chosen = self.of(attention).filter(|trial| choose(trial));
+        chosen.fold((0, 0), |(found, asked), trial| (found + trial.found, asked + trial.keys.len()))
+    }
+
+    /// Share of the keys found in a cell; `None` where nothing was run.
+    pub fn cell(&self, attention: &str, variant: Variant, length: usize, depth: usize) -> Option<f64> {
+        let (found, asked) = self
+            .keys(attention, |trial| (trial.variant, trial.length, trial.depth) == (variant, length, depth));
+        (asked > 0).then(|| found as f64 / asked as f64)
+    }
+
+    /// One row an attention: what it kept, and the keys found of each variant.
+    pub fn rows(&self) -> (Vec<String>, Vec<Vec<String>>) {
+        let head = ["attention", "density", "recall", "minimum"].map(String::from).into_iter();
+        let head = head.chain(self.config.variants.iter().map(Variant::to_string)).collect();
+        let row = |attention: &NamedAttention| {
+            let name = attention.name.as_str();
+            let kept = Kept::mean(self.of(name).map(|trial| trial.kept));
+            let numbers = [kept.density, kept.recall, kept.recall_min].map(|value| format!("{value:.3}"));
+            let keys = self.config.variants.iter().map(|&variant| {
+                let (found, asked) = self.keys(name, |trial| trial.variant == variant);
+                format!("{found}/{asked}")
+            });
+            [name.to_string()].into_iter().chain(numbers).chain(keys).collect()
+        };
+        (head, self.config.attentions.iter().map(row).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

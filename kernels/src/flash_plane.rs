@@ -1,0 +1,388 @@
+//! The flash loop over [row tiles of planes](crate::plane_tile): outputs stay in cooperative matrices.
+//!
+//! They cannot be scaled there, so they are taken out and put back where a row's maximum grows by more
+//! than [`SLACK`], which is seldom after the first key tiles.
+
+use cubecl::{
+    cmma::{self, Matrix, MatrixIdent, MatrixLayout},
+    prelude::*,
+    server::Handle,
+};
+
+use crate::{
+    Plan,
+    call::Call,
+    plane_tile::{
+        PlaneTile, ROWS, carry_rows, load_rows, new_scores, new_stage, plane_scores, put_rows, shared_max,
+        shared_sum, unit_row, zero_matrices,
+    },
+    square_tile::{ALIGNMENT, MASKED, MAX_START, NO_ROW, head_base},
+    tensor::{array, grid},
+    walk::{PlanArgs, Sizes, WalkTile, key_at, plan_args, start_walk},
+};
+
+/// How far a score may lie above the maximum that its row is scaled by: weights stay below `e^5`.
+const SLACK: f32 = 5.0;
+
+/// Compile-time choices of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct PlaneFlash {
+    tile: PlaneTile,
+    walk: WalkTile,
+}
+
+/// As [`flash`](crate::flash::flash).
+pub(crate) fn flash_plane<R: Runtime>(
+    call: &Call<'_, R>,
+    plan: Option<&Plan>,
+    lse: &Handle,
+    tile: PlaneTile,
+) {
+    let (shape, inputs) = (&call.shape, &call.inputs);
+    let config = PlaneFlash {
+        tile,
+        walk: WalkTile {
+            block: call.block(),
+            query_tile: tile.rows() as u32,
+            key_tile: tile.keys as u32,
+            dense: plan.is_none(),
+        },
+    };
+    // SAFETY: rows come from the walk, which yields keys below kv_len only.
+    unsafe {
+        plane_flash_kernel::launch_unchecked::<R>(
+            call.client,
+            grid(shape.heads() * shape.query_tiles(tile.rows())),
+            tile.cube_dim(),
+            inputs.address_type(),
+            inputs.vector_width(4),
+            inputs.q.arg(),
+            inputs.k.arg(),
+            inputs.v.arg(),
+            plan_args(call.client, plan),
+            inputs.out.arg(),
+            array(lse, shape.heads() * shape.q_len),
+            call.sizes(),
+            call.scale,
+            config,
+            inputs.q.dtype,
+        );
+    }
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn plane_flash_kernel<E: Float, N: Size>(
+    q: &Tensor<Vector<E, N>>,
+    k: &Tensor<Vector<E, N>>,
+    v: &Tensor<Vector<E, N>>,
+    plan: &PlanArgs,
+    out: &mut Tensor<Vector<E, N>>,
+    lse: &mut Array<f32>,
+    sizes: Sizes,
+    scale: f32,
+    #[comptime] config: PlaneFlash,
+    #[define(E)] _dtype: StorageType,
+) {
+    let tile = comptime!(config.tile);
+    let size = comptime!(tile.fragments);
+    let width = N::value();
+    let rows = comptime!(tile.rows() as u32);
+    let keys = comptime!(tile.keys as u32);
+    let units = comptime!(tile.units() as u32);
+    let score_pitch = comptime!(tile.score_pitch() as u32);
+    let weight_pitch = comptime!(tile.weight_pitch() as u32);
+    let sharers = comptime!(tile.sharers() as u32);
+    let heads = q.shape(0) as u32 * sizes.q_heads;
+    let position = sizes.kv_len - sizes.q_len;
+    let first_tile = position / rows;
+    let query_tiles = sizes.kv_len.div_ceil(rows) - first_tile;
+    let item = CUBE_POS_X + CUBE_POS_Y * CUBE_COUNT_X;
+    if item >= heads * query_tiles {
+        terminate!();
+    }
+    // Longest first; neighbouring cubes are heads of one group, which share their keys in the cache.
+    let start = (first_tile + query_tiles - 1 - item / heads) * rows;
+    let head = item % heads;
+    let batch = head / sizes.q_heads;
+    let kv_head = head % sizes.q_heads / sizes.group;
+    let q_base = head_base::<E, N>(q, batch, head % sizes.q_heads);
+    let k_base = head_base::<E, N>(k, batch, kv_head);
+    let v_base = head_base::<E, N>(v, batch, kv_head);
+    let plane = UNIT_POS / PLANE_DIM;
+    let own = plane < comptime!(tile.planes as u32);
+    let first_slot = plane * comptime!(ROWS as u32);
+    let part = UNIT_POS % PLANE_DIM % sharers;
+
+    let mut q_rows = SharedMemory::<u32>::new(tile.rows());
+    let mut k_rows = SharedMemory::<u32>::new(comptime!(2 * tile.keys));
+    let mut stage = new_stage::<E, N>(tile);
+    let mut scores = new_scores(tile);
+    let mut weights = SharedMemory::<E>::new_aligned(comptime!(tile.rows() * tile.weight_pitch()), ALIGNMENT);
+    let mut factors = SharedMemory::<f32>::new(tile.rows());
+    let mut grown = SharedMemory::<u32>::new(tile.planes);
+
+    let walk = start_walk(plan, &sizes, head, start, config.walk);
+    #[unroll]
+    for step in 0..comptime!(rows.div_ceil(units)) {
+        let slot = UNIT_POS + comptime!(step * units);
+        if slot < rows {
+            let at = start + slot;
+            q_rows[slot as usize] = select(at >= position && at < sizes.kv_len, at - position, NO_ROW);
+        }
+    }
+    if UNIT_POS < keys {
+        k_rows[UNIT_POS as usize] = key_at(&walk, plan, &sizes, 0, UNIT_POS, config.walk);
+    }
+    sync_cube();
+    let queries = load_rows::<E, N>(q, q_base, &q_rows, &mut stage, tile);
+    let mut carried_keys = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
+    let mut carried_values = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
+    carry_rows::<E, N>(k, k_base, &k_rows, 0, &mut carried_keys, tile);
+    carry_rows::<E, N>(v, v_base, &k_rows, 0, &mut carried_values, tile);
+
+    let out_cols = comptime!(tile.head_dim / size.n);
+    let sums = zero_matrices(comptime!(ROWS / size.m * out_cols), tile);
+    let mut held = Array::<f32>::new(comptime!(tile.unit_rows() * tile.part()));
+    let mut maximum = Array::<f32>::new(comptime!(tile.unit_rows()));
+    // Of the unit's own columns; summed over the row at the end.
+    let mut sum = Array::<f32>::new(comptime!(tile.unit_rows()));
+    #[unroll]
+    for r in 0..tile.unit_rows() {
+        maximum[r] = MAX_START;
+        sum[r] = 0.0;
+    }
+
+    for index in 0..walk.tiles {
+        let list = index % 2 * keys;
+        // Everybody is done with the tile before this one.
+        sync_cube();
+        put_rows::<E, N>(&carried_keys, &mut stage, 0usize, tile);
+        put_rows::<E, N>(&carried_values, &mut stage, tile.keys, tile);
+        if index + 1 < walk.tiles && UNIT_POS < keys {
+            k_rows[(keys - list + UNIT_POS) as usize] =
+                key_at(&walk, plan, &sizes, index + 1, UNIT_POS, config.walk);
+        }
+        sync_cube();
+        if index + 1 < walk.tiles {
+            carry_rows::<E, N>(k, k_base, &k_rows, keys - list, &mut carried_keys, tile);
+            carry_rows::<E, N>(v, v_base, &k_rows, keys - list, &mut carried_values, tile);
+        }
+        plane_scores::<E, N>(&queries, &stage, &mut scores, tile);
+        sync_cube();
+
+        let mut grows = false.runtime();
+        #[unroll]
+        for r in 0..tile.unit_rows() {
+            let slot = unit_row(r, tile);
+            let holds = own && slot < comptime!(ROWS as u32);
+            let row = first_slot + slot;
+            let mut tile_max = MASKED.runtime();
+            if holds {
+                #[unroll]
+                for c in 0..tile.part() {
+                    let col = comptime!(c as u32) * sharers + part;
+                    let seen = k_rows[(list + col) as usize] <= start + row;
+                    let score = scores[(row * score_pitch + col) as usize] * scale;
+                    held[r * tile.part() + c] = select(seen, score, MASKED);
+                    tile_max = max(tile_max, held[r * tile.part() + c]);
+                }
+            }
+            tile_max = shared_max(tile_max, tile);
+            let mut factor = 1.0f32;
+            if tile_max > maximum[r] + SLACK {
+                factor = (maximum[r] - tile_max).exp();
+                maximum[r] = tile_max;
+                grows = true;
+            }
+            if holds {
+                sum[r] *= factor;
+                #[unroll]
+                for c in 0..tile.part() {
+                    let col = comptime!(c as u32) * sharers + part;
+                    let weight = (held[r * tile.part() + c] - maximum[r]).exp();
+                    sum[r] += weight;
+                    weights[(row * weight_pitch + col) as usize] = E::cast_from(weight);
+                }
+                if part == 0 {
+                    factors[row as usize] = factor;
+                }
+            }
+        }
+        grows = plane_any(grows);
+        if own && UNIT_POS % PLANE_DIM == 0 {
+            grown[plane as usize] = u32::cast_from(grows);
+        }
+        sync_cube();
+        let mut any = 0u32;
+        #[unroll]
+        for p in 0..tile.planes {
+            any += grown[p];
+        }
+        // The same for the whole cube, so the barriers stay uniform.
+        if any != 0 && index > 0 {
+            scale_sums(&sums, &mut scores, &factors, first_slot, own, tile);
+        }
+        if own {
+            add_values::<E, N>(&weights, &stage, &sums, first_slot, tile);
+        }
+    }
+
+    #[unroll]
+    for r in 0..tile.unit_rows() {
+        sum[r] = shared_sum(sum[r], tile);
+    }
+    let row_stride = out.stride(2) / width;
+    let out_base = (batch as usize * out.stride(0) + (head % sizes.q_heads) as usize * out.stride(1)) / width;
+    #[unroll]
+    for col in 0..out_cols {
+        sync_cube();
+        if own {
+            store_column(&sums, &mut scores, first_slot, col, tile);
+        }
+        sync_cube();
+        #[unroll]
+        for r in 0..tile.unit_rows() {
+            let slot = unit_row(r, tile);
+            if own && slot < comptime!(ROWS as u32) {
+                let row = first_slot + slot;
+                let query = q_rows[row as usize];
+                if query != NO_ROW {
+                    #[unroll]
+                    for vector in 0..comptime!((size.n / width).div_ceil(tile.sharers())) {
+                        let at = comptime!((vector * tile.sharers()) as u32) + part;
+                        if at < comptime!((size.n / width) as u32) {
+                            let mut value = Vector::<f32, N>::new(0.0);
+                            #[unroll]
+                            for e in 0..width {
+                                let from = row * score_pitch + at * comptime!(width as u32);
+                                value[e] = scores[from as usize + e];
+                            }
+                            let to = out_base
+                                + query as usize * row_stride
+                                + comptime!(col * size.n / width)
+                                + at as usize;
+                            out[to] = Vector::cast_from(value / Vector::new(sum[r]));
+                        }
+                    }
+                    if comptime!(col == 0) {
+                        if part == 0 {
+                            let at = head as usize * sizes.q_len as usize + query as usize;
+                            lse[at] = maximum[r] + sum[r].ln();
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the plane's weights x staged values to its outputs.
+#[cube]
+fn add_values<E: Float, N: Size>(
+    weights: &SharedMemory<E>,
+    stage: &SharedMemory<Vector<E, N>>,
+    sums: &Sequence<Matrix<f32>>,
+    first_slot: u32,
+    #[comptime] tile: PlaneTile,
+) {
+    let size = comptime!(tile.fragments);
+    let width = N::value();
+    let pitch = comptime!(tile.pitch(width) as u32);
+    let weight_pitch = comptime!(tile.weight_pitch() as u32);
+    let cols = comptime!(tile.head_dim / size.n);
+    #[unroll]
+    for step in 0..comptime!(tile.keys / size.k) {
+        let mut left = Sequence::<Matrix<E>>::new();
+        #[unroll]
+        for row in 0..comptime!(ROWS / size.m) {
+            let slot = first_slot + comptime!((row * size.m) as u32);
+            let at = (slot * weight_pitch + comptime!((step * size.k) as u32)) as usize;
+            // SAFETY: loaded right away.
+            let matrix = unsafe {
+                Matrix::<E>::uninitialized(MatrixIdent::A, size.m, size.n, size.k, MatrixLayout::RowMajor)
+            };
+            cmma::load(&matrix, &weights.slice(at, at + 1), weight_pitch);
+            left.push(matrix);
+        }
+        #[unroll]
+        for col in 0..cols {
+            let staged = comptime!((tile.keys + step * size.k) as u32);
+            let at = staged * pitch + comptime!((col * size.n / width) as u32);
+            // SAFETY: loaded right away.
+            let values = unsafe {
+                Matrix::<E>::uninitialized(MatrixIdent::B, size.m, size.n, size.k, MatrixLayout::RowMajor)
+            };
+            cmma::load(&values, &stage.slice(at as usize, at as usize + 1), pitch * width as u32);
+            #[unroll]
+            for row in 0..comptime!(ROWS / size.m) {
+                let sum = sums.index(comptime!(row * cols + col));
+                cmma::execute::<E, E, f32, f32>(left.index(row), &values, sum, sum);
+            }
+        }
+    }
+}
+
+/// Writes one column of the plane's outputs to its part of `scores`.
+#[cube]
+fn store_column(
+    sums: &Sequence<Matrix<f32>>,
+    scores: &mut SharedMemory<f32>,
+    first_slot: u32,
+    #[comptime] col: usize,
+    #[comptime] tile: PlaneTile,
+) {
+    let size = comptime!(tile.fragments);
+    let pitch = comptime!(tile.score_pitch() as u32);
+    #[unroll]
+    for row in 0..comptime!(ROWS / size.m) {
+        let at = ((first_slot + comptime!((row * size.m) as u32)) * pitch) as usize;
+        let mut target = scores.slice_mut(at, at + 1);
+        let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
+        cmma::store(&mut target, sum, pitch, MatrixLayout::RowMajor);
+    }
+}
+
+/// Multiplies each row of the outputs by its factor, by way of `scores`. Called by the whole cube.
+#[cube]
+fn scale_sums(
+    sums: &Sequence<Matrix<f32>>,
+    scores: &mut SharedMemory<f32>,
+    factors: &SharedMemory<f32>,
+    first_slot: u32,
+    own: bool,
+    #[comptime] tile: PlaneTile,
+) {
+    let size = comptime!(tile.fragments);
+    let pitch = comptime!(tile.score_pitch() as u32);
+    let sharers = comptime!(tile.sharers() as u32);
+    let part = UNIT_POS % PLANE_DIM % sharers;
+    #[unroll]
+    for col in 0..comptime!(tile.head_dim / size.n) {
+        if own {
+            store_column(sums, scores, first_slot, col, tile);
+        }
+        sync_cube();
+        #[unroll]
+        for r in 0..tile.unit_rows() {
+            let slot = unit_row(r, tile);
+            if own && slot < comptime!(ROWS as u32) {
+                let row = first_slot + slot;
+                #[unroll]
+                for c in 0..comptime!(size.n.div_ceil(tile.sharers())) {
+                    let at = comptime!(c as u32) * sharers + part;
+                    scores[(row * pitch + at) as usize] *= factors[row as usize];
+                }
+            }
+        }
+        sync_cube();
+        if own {
+            #[unroll]
+            for row in 0..comptime!(ROWS / size.m) {
+                let at = ((first_slot + comptime!((row * size.m) as u32)) * pitch) as usize;
+                let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
+                cmma::load_with_layout(sum, &scores.slice(at, at + 1), pitch, MatrixLayout::RowMajor);
+            }
+        }
+        sync_cube();
+    }
+}

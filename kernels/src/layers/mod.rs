@@ -1,0 +1,14 @@
+//! What surrounds attention in a decoder layer, for few rows: bound by memory and by launches, so each
+//! operation is one launch, and none of them takes shapes or strides through device memory (which costs a
+//! copy from the host each time).
+
+mod linear;
+mod norm;
+mod rotate;
+mod rows;
+mod sum;
+
+pub use linear::{Linear, MAX_LINEAR_ROWS, gated_linear, linear};
+pub use norm::{RmsNorm, rms_norm};
+pub use rotate::{Heads, Packing, Pairs, Rotate, rotate};
+pub use rows::RowsView;
