@@ -30,6 +30,8 @@ pub struct Batch {
     pub tasks: Vec<Task>,
     /// Of the tokens, ascending.
     pub positions: Vec<usize>,
+    /// Weight of the share of attention that goes far, where it counts.
+    pub far: Option<f32>,
 }
 
 impl Batch {
@@ -48,6 +50,7 @@ impl Batch {
             roles: sequences.iter().flat_map(|sequence| sequence.roles[1..].iter().copied()).collect(),
             tasks: sequences.iter().map(|sequence| sequence.task).collect(),
             positions,
+            far: None,
         }
     }
 
@@ -88,7 +91,7 @@ pub fn batch(writer: &Writer<'_>, stage: &Stage, seed: u64, step: usize) -> Batc
         })
         .collect();
     let positions = positions(stage.length, stage.span, &mut random);
-    Batch::new(&sequences, positions)
+    Batch { far: stage.far, ..Batch::new(&sequences, positions) }
 }
 
 /// Ascending positions below `span`: one after another, or with a few gaps, so that short sequences teach large

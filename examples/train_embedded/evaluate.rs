@@ -98,7 +98,8 @@ impl<B: LayerBackend> Evaluator<'_, B> {
                 chunk.iter().map(|_| self.writer.write(Task::Text, TEXT_LENGTH + 1, &mut random)).collect();
             let batch = Batch::new(&sequences, (0..TEXT_LENGTH).collect());
             let dense = dense();
-            let losses = read(losses(self.model, &batch, &dense, self.attention_dtype, self.device))?;
+            let (losses, _) = losses(self.model, &batch, &dense, self.attention_dtype, self.device);
+            let losses = read(losses)?;
             sum += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
             predicted += losses.len();
         }
@@ -134,8 +135,8 @@ impl<B: LayerBackend> Evaluator<'_, B> {
     fn likeliest(&self, batch: &Batch, attention: &AttentionConfig) -> Result<Vec<i32>, Error> {
         let ids = TensorData::new(batch.ids.clone(), [batch.sequences, batch.length]);
         let ids = Tensor::<B, 2, Int>::from_data(ids, self.device);
-        let hidden = self.model.forward_sequences(ids, &batch.positions, attention, self.attention_dtype);
-        let likeliest = self.model.logits(hidden).argmax(2);
+        let passed = self.model.forward_sequences(ids, &batch.positions, attention, self.attention_dtype);
+        let likeliest = self.model.logits(passed.hidden).argmax(2);
         let data = likeliest.try_into_data().map_err(|error| Error::Device(error.to_string()))?;
         Ok(data.iter().collect())
     }

@@ -8,6 +8,7 @@ mod card;
 mod corpus;
 mod error;
 mod evaluate;
+mod locality;
 mod recipe;
 mod sequence;
 mod tasks;

@@ -71,6 +71,8 @@ pub struct Stage {
     pub batch: usize,
     /// Positions that the tokens of a sequence are spread over, with a few gaps; at least `length`.
     pub span: usize,
+    /// Weight of the share of attention that goes far; none where it does not count.
+    pub far: Option<f32>,
     /// Shares of the tasks.
     pub mix: Mix,
 }
@@ -233,7 +235,7 @@ mod tests {
             ("\"heads\": 4", "\"heads\": 3", "model.heads: found 3"),
             ("\"kv_heads\": 2", "\"kv_heads\": 3", "model.kv_heads: found 3"),
             ("\"length\": 256", "\"length\": 20", "stages[0].length: found 20, expected at least 128"),
-            ("\"span\": 65536", "\"span\": 100", "stages[0].span: found 100, expected at least length"),
+            ("\"span\": 256", "\"span\": 100", "stages[0].span: found 100, expected at least length"),
             ("\"lengths\": [1024,", "\"lengths\": [24,", "evaluation.lengths: found 24"),
         ];
         for (from, to, message) in cases {

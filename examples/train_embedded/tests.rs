@@ -31,7 +31,7 @@ const RECIPE: &str = r#"{
                    "beta_2": 0.95, "clip_norm": 1.0 },
     "loss": { "text": 1.0, "copied": 1.0, "asked": 1.0 },
     "stages": [
-        { "steps": 30, "length": 128, "batch": 4, "span": 512, "mix": { "text": 1, "copy": 1, "key": 2, "keys": 1 } },
+        { "steps": 30, "length": 128, "batch": 4, "span": 512, "far": 0.1, "mix": { "text": 1, "copy": 1, "key": 2, "keys": 1 } },
         { "steps": 3, "length": 192, "batch": 2, "span": 192, "mix": { "passage": 1, "word": 1, "variable": 1 } }
     ],
     "evaluation": { "lengths": [160], "prompts": 4, "text_tokens": 1024 }
@@ -184,10 +184,11 @@ fn a_trained_model_is_better_and_its_folder_runs() {
         train::<Autodiff<Flex>>(&model_config, &recipe, batches, DType::F32, &device, &mut log).unwrap()
     });
     assert!(lines.len() == 2 && lines[0].contains("step    25") && lines[0].contains("one key"), "{lines:?}");
+    assert!(lines[0].contains("far 0.") && !lines[1].contains("far"), "{lines:?}");
 
     let other = batch(&writer(&corpus), &recipe.stages[0], 99, 0);
     let mean = |model: &Model<Flex>| {
-        let losses = read(losses(model, &other, &dense(), DType::F32, &device)).unwrap();
+        let losses = read(losses(model, &other, &dense(), DType::F32, &device).0).unwrap();
         let weights = other.weights(&recipe.loss);
         losses.iter().zip(weights).map(|(loss, weight)| loss * weight).sum::<f32>() / 3.0
     };
@@ -207,13 +208,13 @@ fn a_trained_model_is_better_and_its_folder_runs() {
     let ids: Vec<u32> = corpus.book.ids()[..40].to_vec();
     let tensor = TensorData::new(ids.iter().map(|&id| id as i32).collect::<Vec<_>>(), [1, ids.len()]);
     let positions: Vec<usize> = (0..ids.len()).collect();
-    let hidden = model.forward_sequences(
+    let passed = model.forward_sequences(
         Tensor::<Flex, 2, Int>::from_data(tensor, &device),
         &positions,
         &dense(),
         DType::F32,
     );
-    let last = model.logits(hidden.narrow(1, ids.len() - 1, 1)).into_data().into_vec::<f32>().unwrap();
+    let last = model.logits(passed.hidden.narrow(1, ids.len() - 1, 1)).into_data().into_vec::<f32>().unwrap();
     let cached = engine.prefill(&ids, &mut |_| ControlFlow::Continue(())).unwrap().unwrap();
     let worst = last.iter().zip(&cached).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(worst < 1e-4, "{worst}");

@@ -16,6 +16,7 @@ use sample_attention::Preset;
 
 use crate::batches::{Batch, Batches};
 use crate::error::Error;
+use crate::locality::{far_share, rows};
 use crate::recipe::Recipe;
 use crate::sequence::Role;
 use crate::tasks::Task;
@@ -23,23 +24,20 @@ use crate::tasks::Task;
 /// Losses are read from the device, and told, every so many steps.
 const LOG_EVERY: usize = 25;
 
-/// Negative log-likelihood of every target.
-///
-/// # Shapes
-///
-/// - output: `[sequences, length]`
+/// Negative log-likelihood of every target, `[sequences, length]`, and the queries and keys of each layer.
 pub fn losses<B: LayerBackend>(
     model: &Model<B>,
     batch: &Batch,
     attention: &AttentionConfig,
     attention_dtype: DType,
     device: &B::Device,
-) -> Tensor<B, 2> {
+) -> (Tensor<B, 2>, Vec<[Tensor<B, 4>; 2]>) {
     let shape = [batch.sequences, batch.length];
     let tensor = |ids: &[i32]| Tensor::<B, 2, Int>::from_data(TensorData::new(ids.to_vec(), shape), device);
-    let hidden = model.forward_sequences(tensor(&batch.ids), &batch.positions, attention, attention_dtype);
+    let passed = model.forward_sequences(tensor(&batch.ids), &batch.positions, attention, attention_dtype);
     let targets = tensor(&batch.targets).unsqueeze_dim::<3>(2);
-    log_softmax(model.logits(hidden), 2).gather(2, targets).squeeze_dim::<2>(2).neg()
+    let losses = log_softmax(model.logits(passed.hidden), 2).gather(2, targets).squeeze_dim::<2>(2).neg();
+    (losses, passed.attended)
 }
 
 /// Values from the device, row by row.
@@ -85,17 +83,25 @@ where
     let dense = dense();
     let (mut since, mut tokens) = (Instant::now(), 0);
     for (step, batch) in batches.enumerate() {
-        let losses = losses(&model, &batch, &dense, attention_dtype, device);
+        let (losses, attended) = losses(&model, &batch, &dense, attention_dtype, device);
         let shape = [batch.sequences, batch.length];
         let weights = Tensor::<B, 2>::from_data(TensorData::new(batch.weights(&recipe.loss), shape), device);
         let told =
             (step % LOG_EVERY == LOG_EVERY - 1 || step + 1 == recipe.steps()).then(|| losses.clone().inner());
-        let gradients = GradientsParams::from_grads((losses * weights).sum().backward(), &model);
+        let mut loss = (losses * weights).sum();
+        let far = batch.far.map(|weight| (weight, far_share(&attended, &rows(batch.length, step))));
+        if let Some((weight, share)) = &far {
+            loss = loss + share.clone().mul_scalar(*weight);
+        }
+        let gradients = GradientsParams::from_grads(loss.backward(), &model);
         let rate = recipe.learning_rate(step);
         model = optimizer.step(rate, model, gradients);
         tokens += batch.sequences * batch.length;
         if let Some(losses) = told {
-            let (lines, all) = by_role(&batch, &read(losses)?);
+            let (mut lines, all) = by_role(&batch, &read(losses)?);
+            if let Some((_, share)) = far {
+                lines += &format!("  far {:.3}", read(share.inner())?[0]);
+            }
             if !all.is_finite() {
                 return Err(Error::Diverged { loss: all, step: step + 1 });
             }

@@ -115,10 +115,32 @@ fn like_the_plain_reference<B: AttentionBackend>() {
     }
 }
 
+/// Gradients of q, k and v for one of the output, by the operator or by the plain reference.
+#[cfg(feature = "flex")]
+fn gradients_of<B: AttentionBackend>(
+    tensors: &[TensorData; 3],
+    weight: &TensorData,
+    options: &SampleAttentionOptions,
+    plain: bool,
+) -> [Vec<f32>; 3] {
+    use burn::backend::Autodiff;
+    let device = B::Device::default();
+    let upload = |data: &TensorData| Tensor::<Autodiff<B>, 4>::from_data(data.clone(), &device);
+    let [q, k, v] = [0, 1, 2].map(|index| upload(&tensors[index]).require_grad());
+    let output = if plain {
+        plain::sample_attention(q.clone(), k.clone(), v.clone(), options).unwrap()
+    } else {
+        sample_attention(q.clone(), k.clone(), v.clone(), options)
+    };
+    let grads = (output * upload(weight)).sum().backward();
+    [q, k, v].map(|tensor| tensor.grad(&grads).unwrap().into_data().into_vec().unwrap())
+}
+
+/// The plain reference runs on Flex: Burn's fused products on software Vulkan got the gradient of v wrong.
 #[cfg(feature = "flex")]
 fn gradients<B: AttentionBackend>(tolerance: f64) {
-    use burn::backend::Autodiff;
-    B::seed(&Default::default(), 11);
+    use burn::backend::Flex;
+    Flex::seed(&Default::default(), 11);
     for (lengths, rule) in [
         ([600, 600], None),
         ([150, 400], None),
@@ -126,22 +148,12 @@ fn gradients<B: AttentionBackend>(tolerance: f64) {
         ([130, 333], Some(Rule::Total)),
     ] {
         let options = rule.map_or(Preset::Dense.options(), short);
-        let tensors = inputs::<B>(2, [4, 2], lengths);
-        let weight = Tensor::<B, 4>::random(tensors[0].dims(), Distribution::Default, &B::Device::default());
-        let gradients = |plain: bool| {
-            let [q, k, v] =
-                tensors.clone().map(|tensor| Tensor::<Autodiff<B>, 4>::from_inner(tensor).require_grad());
-            let output = if plain {
-                plain::sample_attention(q.clone(), k.clone(), v.clone(), &options).unwrap()
-            } else {
-                sample_attention(q.clone(), k.clone(), v.clone(), &options)
-            };
-            let grads = (output * Tensor::from_inner(weight.clone())).sum().backward();
-            [q, k, v].map(|tensor| tensor.grad(&grads).unwrap().into_data().into_vec::<f32>().unwrap())
-        };
-        for ((name, found), expected) in
-            ["q", "k", "v"].into_iter().zip(gradients(false)).zip(gradients(true))
-        {
+        let tensors = inputs::<Flex>(2, [4, 2], lengths);
+        let weight = Tensor::<Flex, 4>::random(tensors[0].dims(), Distribution::Default, &Default::default());
+        let (tensors, weight) = (tensors.map(Tensor::into_data), weight.into_data());
+        let found = gradients_of::<B>(&tensors, &weight, &options, false);
+        let expected = gradients_of::<Flex>(&tensors, &weight, &options, true);
+        for ((name, found), expected) in ["q", "k", "v"].into_iter().zip(found).zip(expected) {
             let difference = max_difference(&found, &expected);
             assert!(
                 difference < tolerance,
@@ -186,7 +198,7 @@ fn gradients_are_those_of_the_plain_reference() {
 #[test]
 #[cfg(all(feature = "flex", feature = "vulkan"))]
 fn gradients_are_those_of_the_plain_reference_on_vulkan() {
-    gradients::<burn::backend::Vulkan>(1e-3);
+    gradients::<burn::backend::Vulkan>(1e-4);
 }
 
 #[test]

@@ -12,6 +12,8 @@ use crate::Result;
 pub struct Ask<'a> {
     /// Ids of the prompt.
     pub prompt: &'a [u32],
+    /// Whether the engine may keep what it holds of the prompt from the call before, with the same attention.
+    pub keep: bool,
     /// Tokens that the answer is expected to hold. Where it comes to the first of one, the rest is run
     /// along with it and kept as far as the model agrees: the same answer in fewer steps.
     pub guesses: &'a [Vec<u32>],
@@ -24,7 +26,6 @@ pub struct Ask<'a> {
 }
 
 /// The most likely continuation of a prompt, token by token, until a stop token or until `done` says so.
-/// Nothing that the engine held before is used: it may have been attended in another way.
 ///
 /// # Errors
 ///
@@ -34,10 +35,13 @@ pub fn answer(
     ask: &Ask<'_>,
     done: &mut dyn FnMut(&[u32]) -> bool,
 ) -> Result<Vec<u32>> {
-    engine.truncate(0);
+    let common = engine.history().iter().zip(ask.prompt).take_while(|(held, id)| held == id).count();
+    // The logits of the last token are needed, so it is run again where everything is held.
+    let held = if ask.keep { common.min(ask.prompt.len().saturating_sub(1)) } else { 0 };
+    engine.truncate(held);
     let mut ids = Vec::new();
     let mut on_chunk = |_| ControlFlow::Continue(());
-    let Some(mut logits) = engine.prefill(ask.prompt, &mut on_chunk)? else { return Ok(ids) };
+    let Some(mut logits) = engine.prefill(&ask.prompt[held..], &mut on_chunk)? else { return Ok(ids) };
     while ids.len() < ask.max_tokens {
         if ids.len() < ask.min_tokens {
             for &id in ask.stop {
@@ -79,7 +83,7 @@ mod tests {
     use crate::testing::Script;
 
     fn ask<'a>(guesses: &'a [Vec<u32>], max_tokens: usize) -> Ask<'a> {
-        Ask { prompt: &[1, 2, 3], guesses, max_tokens, min_tokens: 0, stop: &[9] }
+        Ask { prompt: &[1, 2, 3], keep: false, guesses, max_tokens, min_tokens: 0, stop: &[9] }
     }
 
     #[test]
@@ -105,6 +109,19 @@ mod tests {
         let mut engine = Script::new(&[1, 2, 3], &text);
         assert_eq!(answer(&mut engine, &ask(&[], 2), &mut |_| false).unwrap(), [4, 5]);
         assert_eq!(answer(&mut engine, &ask(&[], 9), &mut |ids| ids.contains(&6)).unwrap(), [4, 5, 6]);
+    }
+
+    #[test]
+    fn what_is_held_is_kept_on_request_alone() {
+        let mut engine = Script::new(&[1, 2, 3], &[4, 5, 6]);
+        let mut ids = answer(&mut engine, &ask(&[], 2), &mut |_| false).unwrap();
+        ids.splice(0..0, [1, 2, 3]);
+        for (keep, run) in [(true, 1), (false, 5)] {
+            engine.longest = 0;
+            let longer = Ask { prompt: &ids, keep, ..ask(&[], 1) };
+            assert_eq!(answer(&mut engine, &longer, &mut |_| false).unwrap(), [6]);
+            assert_eq!(engine.longest, run);
+        }
     }
 
     #[test]

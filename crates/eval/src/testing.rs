@@ -16,11 +16,13 @@ pub struct Script {
     history: Vec<u32>,
     /// Calls that ran tokens.
     pub calls: usize,
+    /// Tokens of the longest prefill.
+    pub longest: usize,
 }
 
 impl Script {
     pub fn new(prompt: &[u32], text: &[u32]) -> Self {
-        Self { whole: [prompt, text].concat(), history: Vec::new(), calls: 0 }
+        Self { whole: [prompt, text].concat(), history: Vec::new(), calls: 0, longest: 0 }
     }
 
     fn next(&self) -> Vec<f32> {
@@ -37,6 +39,7 @@ impl Engine for Script {
         on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<Option<Vec<f32>>, GenerateError> {
         self.calls += 1;
+        self.longest = self.longest.max(ids.len());
         self.history.extend(ids);
         let _ = on_chunk(ids.len());
         Ok(Some(self.next()))
@@ -75,7 +78,7 @@ impl Engine for Script {
     }
 
     fn capacity(&self) -> usize {
-        64
+        1024
     }
 
     fn set_attention(&mut self, _: &AttentionConfig) {}

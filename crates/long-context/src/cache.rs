@@ -147,7 +147,7 @@ impl<B: Backend> KvCache<B> {
     pub(crate) fn holding_nothing(num_layers: usize, attention: &AttentionConfig, dtype: DType) -> Self {
         let layer = |layer| LayerCache {
             layer,
-            held: Held::Nothing(dtype),
+            held: Held::Nothing(dtype, None),
             options: attention.options,
             summaries: None,
             observer: None,
@@ -157,6 +157,15 @@ impl<B: Backend> KvCache<B> {
         let mut cache = Self { layers, length: 0, capacity: 0 };
         cache.set_attention(attention);
         cache
+    }
+
+    /// Queries and keys of each layer's last pass, where nothing is held.
+    pub(crate) fn into_attended(self) -> Vec<[Tensor<B, 4>; 2]> {
+        let attended = |layer: LayerCache<B>| match layer.held {
+            Held::Nothing(_, attended) => attended,
+            Held::Cache(_) => None,
+        };
+        self.layers.into_iter().filter_map(attended).collect()
     }
 
     /// Positions held.
@@ -236,8 +245,8 @@ impl<B: Backend> KvCache<B> {
 #[derive(Debug, Clone)]
 enum Held<B: Backend> {
     Cache(KeyValueCache<B>),
-    /// Keys and values of the pass alone, attended in this type.
-    Nothing(DType),
+    /// Keys and values of the pass alone, attended in this type; what was attended is kept to be taken.
+    Nothing(DType, Option<[Tensor<B, 4>; 2]>),
 }
 
 /// Keys and values of one layer, and how it attends to them.
@@ -278,8 +287,9 @@ impl<B: LayerBackend> LayerCache<B> {
                 let [keys, values] = held.map(tensor);
                 (memory.map(tensor), (start, tensor(q), keys, values))
             }),
-            Held::Nothing(dtype) => {
+            Held::Nothing(dtype, attended) => {
                 let [q, k, v] = heads.turned(qkv, rotary).map(|part| part.cast(*dtype));
+                *attended = Some([q.clone(), k.clone()]);
                 (0, q, k, v)
             }
         };

@@ -280,7 +280,10 @@ fn evaluations_refuse_what_does_not_fit() {
             "option `alpha` is 2, expected a number in (0, 1]",
         ),
         (&["eval", "perplexity", dir, "--text", "absent.txt"], "absent.txt: No such file or directory"),
-        (&["eval", "perplexity", dir, "--text", &text, "--windows", "99"], "text: found 18"),
+        (
+            &["eval", "perplexity", dir, "--text", &text, "--windows", "999"],
+            "tokens, expected at least 1022976 (999 windows of 1024)",
+        ),
         (&["eval", "longbench", dir, data], "found no .jsonl file, expected one a data set"),
         (
             &["eval", "longbench", dir, wrong],

@@ -205,6 +205,7 @@ impl LongBenchConfig {
         engine.set_attention(&attention.config());
         let ask = Ask {
             prompt: &prompt,
+            keep: false,
             guesses: &[],
             max_tokens: task.max_tokens,
             min_tokens: usize::from(task.one_line),

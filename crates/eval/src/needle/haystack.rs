@@ -38,10 +38,12 @@ pub struct Haystack<'a> {
 /// A prompt and what its answer should hold.
 #[derive(Debug, Clone)]
 pub struct NeedlePrompt {
-    /// The prompt.
+    /// The prompt, up to where the first key should come.
     pub ids: Vec<u32>,
     /// The keys asked for.
     pub keys: Vec<String>,
+    /// What leads from each key to the next.
+    pub leads: Vec<Vec<u32>>,
 }
 
 /// What tells one prompt from another.
@@ -78,7 +80,7 @@ impl<'a> Haystack<'a> {
     ///
     /// # Errors
     ///
-    /// A length that the question alone exceeds, or no chat format.
+    /// A length without room for a sentence beside keys and question, or no chat format.
     pub fn prompt(&self, place: Place, prompter: &Prompter<'_>) -> Result<NeedlePrompt> {
         let mut random = StdRng::seed_from_u64(place.seed);
         let start = random.random_range(0..self.sentences.len());
@@ -86,7 +88,7 @@ impl<'a> Haystack<'a> {
         let mut depths = vec![place.depth as f64 / 100.0];
         depths.extend((1..needles.hidden.len()).map(|_| random.random_range(0.0..1.0)));
 
-        let ask = |text: &str| prompter.ask(&format!("{text}\n\n{}", needles.question), &needles.begun);
+        let ask = |text: &str| prompter.ask(&format!("{text}\n\n{}", needles.question), &needles.begun[0]);
         let bare = ask(&needles.hidden.concat())?.len();
         let mut budget = place.length.saturating_sub(bare);
         loop {
@@ -98,14 +100,20 @@ impl<'a> Haystack<'a> {
             }
             let ids = ask(&hide(&text, &needles.hidden, &depths))?;
             if ids.len() <= place.length {
-                return Ok(NeedlePrompt { ids, keys: needles.asked });
+                let lead = |begun: &String| prompter.tokenizer().encode(&format!(".\n{begun}"));
+                let leads = needles.begun[1..].iter().map(lead).collect();
+                return Ok(NeedlePrompt { ids, keys: needles.asked, leads });
             }
             budget = budget.saturating_sub(ids.len() - place.length);
         }
     }
 
-    /// Sentences from `start` on, as many as fit into `budget` tokens.
+    /// Sentences from `start` on, as many as fit into `budget` tokens; those before the first that fits are
+    /// passed over.
     fn text(&self, start: usize, budget: usize) -> Vec<&'a str> {
+        let count = self.sentences.len();
+        let fits = |at: &usize| self.sentences[at % count].1 <= budget;
+        let Some(start) = (start..start + count).find(fits) else { return Vec::new() };
         let mut left = budget;
         let mut taken = Vec::new();
         for (sentence, tokens) in self.sentences.iter().cycle().skip(start) {
@@ -161,12 +169,12 @@ fn hide(sentences: &[&str], needles: &[String], depths: &[f64]) -> String {
     pairs.collect::<String>() + &last
 }
 
-/// What is hidden, what is asked, and how the answer is begun for the model.
+/// What is hidden, what is asked, and how the answer is begun for the model, key by key.
 struct Needles {
     hidden: Vec<String>,
     asked: Vec<String>,
     question: String,
-    begun: String,
+    begun: Vec<String>,
 }
 
 impl Needles {
@@ -182,7 +190,7 @@ impl Needles {
                 hidden: vec![format!("The pass key is {key}. Remember it: {key} is the pass key.")],
                 asked: vec![key],
                 question: "What is the pass key?".to_string(),
-                begun: "The pass key is".to_string(),
+                begun: vec!["The pass key is".to_string()],
             };
         }
         let places: Vec<&str> = PLACES.sample(random, KEYS).copied().collect();
@@ -192,12 +200,13 @@ impl Needles {
             )
         };
         let hidden = keys.iter().zip(&places).map(sentence).collect();
+        let begun = |place: &&str| format!("The pass key of the {place} is");
         if variant == Variant::Choice {
             return Self {
                 hidden,
                 asked: vec![keys[0].clone()],
                 question: format!("What is the pass key of the {}?", places[0]),
-                begun: format!("The pass key of the {} is", places[0]),
+                begun: vec![begun(&places[0])],
             };
         }
         let list = format!("the {}, the {} and the {}", places[0], places[1], places[2]);
@@ -205,7 +214,7 @@ impl Needles {
             hidden,
             asked: keys,
             question: format!("What are the pass keys of {list}?"),
-            begun: format!("The pass keys of {list} are"),
+            begun: places.iter().map(begun).collect(),
         }
     }
 }
@@ -235,6 +244,15 @@ mod tests {
         assert_eq!(hidden(1.0), "aaaa bbbb cccc dddd \nN\n");
         let two = hide(&text, &["N".to_string(), "M".to_string()], &[0.75, 0.25]);
         assert_eq!(two, "aaaa \nM\nbbbb cccc \nN\ndddd ");
+    }
+
+    #[test]
+    fn a_sentence_that_is_too_long_is_passed_over() {
+        let haystack = Haystack { sentences: vec![("long", 90), ("a", 5), ("b", 6)] };
+        assert_eq!(haystack.text(0, 20), ["a", "b"]);
+        assert_eq!(haystack.text(2, 12), ["b"]);
+        assert_eq!(haystack.text(1, 101), ["a", "b", "long"]);
+        assert!(haystack.text(1, 4).is_empty());
     }
 
     #[test]

@@ -4,7 +4,6 @@
 mod haystack;
 mod page;
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use long_context::generate::Engine;
@@ -14,7 +13,7 @@ pub use haystack::{Haystack, NeedlePrompt, Place};
 
 use crate::{Ask, Kept, NamedAttention, Progress, Prompter, Result, answer};
 
-/// Three chapters of a novel, to hide keys in where no other text is given.
+/// Chapters of a novel, to hide keys in where no other text is given.
 pub const TEXT: &str = include_str!("../../../../examples/pride-and-prejudice.txt");
 
 /// How many keys are hidden, and how many asked for.
@@ -25,7 +24,7 @@ pub enum Variant {
     Single,
     /// Three, one of which is asked for.
     Choice,
-    /// Three, all asked for at once.
+    /// Three, all asked for at once. The answer is led from one to the next.
     Several,
 }
 
@@ -42,14 +41,21 @@ impl Variant {
         }
     }
 
-    /// Tokens that an answer gets: enough for each key to be split into digits, and words between.
+    /// Positions that answers take at most, with what leads from key to key.
     fn answer_tokens(self) -> usize {
         match self {
-            Self::Single | Self::Choice => 16,
-            Self::Several => 48,
+            Self::Single | Self::Choice => KEY_TOKENS,
+            Self::Several => 3 * KEY_TOKENS + 2 * LEAD_TOKENS,
         }
     }
 }
+
+/// Tokens in which a key must come: its digits and some words before.
+const KEY_TOKENS: usize = 16;
+/// Tokens of the words between two keys, at most.
+const LEAD_TOKENS: usize = 64;
+/// Digits of a key.
+const KEY_DIGITS: usize = 5;
 
 impl fmt::Display for Variant {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -134,7 +140,7 @@ impl NeedleConfig {
             let question = haystack.prompt(place, prompter)?;
             for attention in report.config.attentions.clone() {
                 engine.set_attention(&attention.config());
-                let answer = find(engine, &question, place.variant, prompter)?;
+                let (answer, found) = find(engine, &question, prompter)?;
                 let tokens = question.ids.len();
                 report.trials.push(Trial {
                     attention: attention.name,
@@ -143,7 +149,7 @@ impl NeedleConfig {
                     depth: place.depth,
                     prompt,
                     tokens,
-                    found: found(&answer, &question.keys),
+                    found,
                     keys: question.keys.clone(),
                     answer,
                     kept: Kept::of(&engine.take_reports()?, layers, tokens),
@@ -157,31 +163,41 @@ impl NeedleConfig {
     }
 }
 
-/// The answer to a question, up to the last key asked for.
+/// The answer to a question, up to the number that each key should be, and how many keys are right.
 fn find(
     engine: &mut dyn Engine,
     question: &NeedlePrompt,
-    variant: Variant,
     prompter: &Prompter<'_>,
-) -> Result<String> {
+) -> Result<(String, usize)> {
     let tokenizer = prompter.tokenizer();
-    let guesses: Vec<Vec<u32>> = question.keys.iter().map(|key| tokenizer.encode(key)).collect();
-    let ask = Ask {
-        prompt: &question.ids,
-        guesses: &guesses,
-        max_tokens: variant.answer_tokens(),
-        min_tokens: 0,
-        stop: prompter.stop_ids(),
-    };
-    let complete = |ids: &[u32]| found(&tokenizer.decode(ids), &question.keys) == question.keys.len();
-    let ids = answer(engine, &ask, &mut |ids| complete(ids))?;
-    Ok(tokenizer.decode(&ids))
+    let mut prompt = question.ids.clone();
+    let (mut text, mut found) = (String::new(), 0);
+    for (index, key) in question.keys.iter().enumerate() {
+        if let Some(lead) = index.checked_sub(1).map(|before| &question.leads[before]) {
+            prompt.extend(lead);
+            text += &tokenizer.decode(lead);
+        }
+        let guesses = [tokenizer.encode(key)];
+        let ask = Ask {
+            prompt: &prompt,
+            keep: index > 0,
+            guesses: &guesses,
+            max_tokens: KEY_TOKENS,
+            min_tokens: 0,
+            stop: prompter.stop_ids(),
+        };
+        let ids = answer(engine, &ask, &mut |ids| number(&tokenizer.decode(ids)).is_some())?;
+        let part = tokenizer.decode(&ids);
+        found += usize::from(number(&part) == Some(key.as_str()));
+        text += &part;
+        prompt.extend(ids);
+    }
+    Ok((text, found))
 }
 
-/// How many keys a text holds as numbers of their own: digits around one make it another number.
-fn found(text: &str, keys: &[String]) -> usize {
-    let numbers: BTreeSet<&str> = text.split(|c: char| !c.is_ascii_digit()).collect();
-    keys.iter().filter(|key| numbers.contains(key.as_str())).count()
+/// The first number in a text that has as many digits as a key, or more.
+fn number(text: &str) -> Option<&str> {
+    text.split(|c: char| !c.is_ascii_digit()).find(|number| number.len() >= KEY_DIGITS)
 }
 
 /// One answer.
@@ -201,9 +217,9 @@ pub struct Trial {
     pub tokens: usize,
     /// The keys asked for.
     pub keys: Vec<String>,
-    /// Keys that the answer holds.
+    /// Keys that are right.
     pub found: usize,
-    /// The answer, which ends after the last key asked for.
+    /// The answer, which ends with the number that should be the last key.
     pub answer: String,
     /// What the attention kept.
     #[serde(flatten)]

@@ -1,5 +1,9 @@
-use super::*;
+use std::collections::BTreeSet;
+
 use sample_attention::Preset;
+
+use super::*;
+use crate::testing::{Folder, Script};
 
 fn trial(attention: &str, depth: usize, found: usize) -> Trial {
     Trial {
@@ -31,18 +35,33 @@ fn report() -> NeedleReport {
 }
 
 #[test]
-fn a_key_is_found_as_a_number_of_its_own() {
-    let keys = ["71432".to_string(), "10000".to_string()];
+fn the_first_long_number_is_the_answer() {
     for (text, expected) in [
-        ("It is 71432.", 1),
-        ("71432, 10000", 2),
-        ("714321 and 110000", 0),
-        ("7 1 4 3 2", 0),
-        ("71432 71432", 1),
-        ("", 0),
+        ("It is 71432.", Some("71432")),
+        (" 12 or 71432, 10000", Some("71432")),
+        ("714321", Some("714321")),
+        ("7 1 4 3 2", None),
+        ("", None),
     ] {
-        assert_eq!(found(text, &keys), expected, "{text}");
+        assert_eq!(number(text), expected, "{text}");
     }
+}
+
+#[test]
+fn an_answer_is_led_from_key_to_key() {
+    let folder = Folder::new();
+    let (checkpoint, tokenizer) = folder.open();
+    let prompter = Prompter::new(&checkpoint, &tokenizer, true).unwrap();
+    let haystack = Haystack::new(TEXT, &prompter).unwrap();
+    let place = Place { variant: Variant::Several, length: 700, depth: 50, seed: 1 };
+    let question = haystack.prompt(place, &prompter).unwrap();
+    assert!((500..=700).contains(&question.ids.len()), "{}", question.ids.len());
+    let text = tokenizer.decode(&question.ids);
+    assert!(question.keys.iter().all(|key| text.contains(&format!("is {key}."))), "{text}");
+    assert_eq!((question.keys.len(), question.leads.len()), (3, 2));
+    // An engine that says nothing of use is led on all the same.
+    let (answer, found) = find(&mut Script::new(&[], &[]), &question, &prompter).unwrap();
+    assert_eq!((found, answer.matches("The pass key of the").count()), (0, 2), "{answer}");
 }
 
 #[test]
@@ -60,7 +79,7 @@ fn every_prompt_has_its_own_seed() {
     let config = NeedleConfig { prompts: 3, variants: Variant::ALL.into(), ..report().config };
     let seeds: BTreeSet<u64> = config.places().iter().map(|(_, place)| place.seed).collect();
     assert_eq!((seeds.len(), config.answers()), (18, 36));
-    assert_eq!(config.capacity(), 1048);
+    assert_eq!(config.capacity(), 1176);
 }
 
 #[test]

@@ -186,6 +186,16 @@ pub enum ModelError {
     },
 }
 
+/// What [`Model::forward_sequences`] computes.
+#[derive(Debug, Clone)]
+pub struct Sequences<B: Backend> {
+    /// `[batch, length, hidden]`, for [`Model::logits`].
+    pub hidden: Tensor<B, 3>,
+    /// Queries `[batch, heads, length, head_dim]` and keys `[batch, kv_heads, length, head_dim]` of each layer,
+    /// after the rotary embedding: for losses on what a layer attends to.
+    pub attended: Vec<[Tensor<B, 4>; 2]>,
+}
+
 /// A model of any supported family.
 #[derive(Module, Debug)]
 #[allow(clippy::large_enum_variant, reason = "one a process")]
@@ -254,7 +264,6 @@ impl<B: LayerBackend> Model<B> {
     /// # Shapes
     ///
     /// - ids: `[batch, length]`, each below the vocabulary
-    /// - output: `[batch, length, hidden]`, for [`Model::logits`]
     ///
     /// # Panics
     ///
@@ -265,7 +274,7 @@ impl<B: LayerBackend> Model<B> {
         positions: &[usize],
         attention: &AttentionConfig,
         attention_dtype: DType,
-    ) -> Tensor<B, 3> {
+    ) -> Sequences<B> {
         assert_eq!(positions.len(), ids.dims()[1], "one position a token");
         let context = positions.last().map_or(0, |last| last + 1);
         let rotary = self.rotary(context).at(positions.iter().copied(), &ids.device());
@@ -273,7 +282,9 @@ impl<B: LayerBackend> Model<B> {
             Self::ChatGlm(model) => model.num_layers(),
             Self::InternLm2(model) => model.num_layers(),
         };
-        self.hidden(ids, &rotary, &mut KvCache::holding_nothing(layers, attention, attention_dtype))
+        let mut cache = KvCache::holding_nothing(layers, attention, attention_dtype);
+        let hidden = self.hidden(ids, &rotary, &mut cache);
+        Sequences { hidden, attended: cache.into_attended() }
     }
 
     fn hidden(&self, ids: Tensor<B, 2, Int>, rotary: &Rotary<B>, cache: &mut KvCache<B>) -> Tensor<B, 3> {
@@ -389,7 +400,10 @@ mod tests {
             let positions: Vec<usize> = (0..length).collect();
             let dense = AttentionConfig { options: Preset::Dense.options(), ..Default::default() };
             let run = |positions: &[usize], attention: &AttentionConfig| {
-                model.forward_sequences(ids.clone(), positions, attention, DType::F32)
+                let passed = model.forward_sequences(ids.clone(), positions, attention, DType::F32);
+                let shapes: Vec<_> = passed.attended.iter().map(|[q, k]| (q.dims(), k.dims())).collect();
+                assert_eq!(shapes, [([2, 4, length, 16], [2, 2, length, 16]); 2]);
+                passed.hidden
             };
             let together = run(&positions, &dense);
             for (index, sequence) in sequences.iter().enumerate() {

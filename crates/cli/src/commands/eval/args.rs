@@ -24,7 +24,7 @@ pub enum EvalCommand {
 pub struct NeedleArgs {
     /// Checkpoint folder: config.json, weights, tokenizer
     pub dir: PathBuf,
-    /// Text to hide keys in; it begins again where it ends [default: three chapters of a novel]
+    /// Text to hide keys in; it begins again where it ends [default: chapters of a novel]
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     #[command(flatten)]
