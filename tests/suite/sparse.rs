@@ -136,7 +136,7 @@ fn gradients_of<B: AttentionBackend>(
     [q, k, v].map(|tensor| tensor.grad(&grads).unwrap().into_data().into_vec().unwrap())
 }
 
-/// The plain reference runs on Flex: Burn's fused products on software Vulkan got the gradient of v wrong.
+/// The plain reference runs on Flex: its products of ragged lengths may be wrong on Vulkan (see `gradient::padded`).
 #[cfg(feature = "flex")]
 fn gradients<B: AttentionBackend>(tolerance: f64) {
     use burn::backend::Flex;

@@ -17,6 +17,20 @@ fn tile(heads: usize, kept: bool) -> usize {
     1 << side.max(TILE).ilog2()
 }
 
+/// A contraction that ends after an even number of stages of any product kernel, zeros behind the length given:
+/// CubeK 0.2's double-buffered products, which Burn's autotune may choose, read past one that ends after an odd number.
+fn padded<B: Backend>(tensor: Tensor<B, 4>, dim: usize) -> Tensor<B, 4> {
+    let mut shape = tensor.dims();
+    let length = shape[dim];
+    let whole = if length > 128 { length.next_multiple_of(128) } else { length.next_power_of_two().max(32) };
+    if whole == length {
+        return tensor;
+    }
+    shape[dim] = whole - length;
+    let zeros = Tensor::zeros(shape, (&tensor.device(), tensor.dtype()));
+    Tensor::cat(vec![tensor, zeros], dim)
+}
+
 /// Which pairs a plan keeps, as masks.
 #[derive(Debug, Clone)]
 pub(crate) struct Kept<B: Backend> {
@@ -152,17 +166,22 @@ impl<B: Backend> Forward<B> {
                 let gradient = tile_rows(&gradient, first, length);
                 let hidden =
                     hidden(kept.as_ref(), batch * heads, (offset + first, length), (key, width), &device);
-                let scores = q.clone().matmul(k.clone().swap_dims(2, 3));
+                let scores = padded(q.clone(), 3).matmul(padded(k.clone(), 3).swap_dims(2, 3));
                 let weights = (scores - tile_rows(&lse, first, length)).exp();
                 let weights = match hidden {
                     Some(hidden) => weights.mask_fill(hidden.reshape(shape), 0.0),
                     None => weights,
                 };
-                v_gradient = v_gradient + weights.clone().swap_dims(2, 3).matmul(gradient.clone());
-                let slope = gradient.matmul(v.clone().swap_dims(2, 3)) - tile_rows(&inner, first, length);
+                let product_over_rows = |weights: &Tensor<B, 4>, rows: Tensor<B, 4>| {
+                    padded(weights.clone(), 2).swap_dims(2, 3).matmul(padded(rows, 2))
+                };
+                v_gradient = v_gradient + product_over_rows(&weights, gradient.clone());
+                let slope = padded(gradient, 3).matmul(padded(v.clone(), 3).swap_dims(2, 3))
+                    - tile_rows(&inner, first, length);
                 let slope = weights * slope;
-                k_gradient = k_gradient + slope.clone().swap_dims(2, 3).matmul(q);
-                let q_gradient = slope.matmul(k.clone()).reshape([batch, heads, length, head_dim]);
+                k_gradient = k_gradient + product_over_rows(&slope, q);
+                let q_gradient = padded(slope, 3).matmul(padded(k.clone(), 2));
+                let q_gradient = q_gradient.reshape([batch, heads, length, head_dim]);
                 q_gradients[index] = Some(match q_gradients[index].take() {
                     Some(sum) => sum + q_gradient,
                     None => q_gradient,
