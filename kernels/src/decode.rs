@@ -8,6 +8,7 @@ use cubecl::{prelude::*, server::Handle};
 
 use crate::{
     call::Call,
+    rounding::rounded_vector,
     square_tile::{MASKED, MAX_START, head_base},
     tensor::{array, grid},
     walk::Sizes,
@@ -366,7 +367,7 @@ fn merge_kernel<E: Float, N: Size>(
     }
     let base = (batch as usize * out.stride(0) + head as usize * out.stride(1)) / width;
     let at = base + row.query as usize * (out.stride(2) / width) + UNIT_POS as usize;
-    out[at] = Vector::cast_from(sum / Vector::new(total));
+    out[at] = rounded_vector::<E, N>(sum / Vector::new(total));
     if UNIT_POS == 0 {
         lse[((batch * sizes.q_heads + head) * sizes.q_len + row.query) as usize] = maximum + total.ln();
     }

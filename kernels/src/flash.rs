@@ -9,6 +9,7 @@ use crate::{
     decode::{MAX_DECODE_QUERIES, split_keys},
     flash_mma::flash_mma,
     flash_plane::flash_plane,
+    rounding::{rounded, rounded_vector},
     square_tile::{
         MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_products, new_stage, new_weights,
         score_tile, value_tile,
@@ -192,7 +193,7 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
                 sum[i] += weight;
                 let col = unit_col + comptime!(j as u32) * side;
                 let at = row * comptime!(tile.weight_pitch() as u32) + col;
-                weights[at as usize] = S::cast_from(weight);
+                weights[at as usize] = rounded::<S>(weight);
             }
         }
         value_tile::<E, S, N>(v, v_base, &k_rows, &weights, &mut stage, &mut products, &mut acc, tile);
@@ -223,7 +224,7 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
                 if col < comptime!((tile.head_dim / width) as u32) {
                     let value = acc[i * vectors + c] / Vector::new(total);
                     let at = out_base + query as usize * row_stride + col as usize;
-                    out[at] = Vector::cast_from(value);
+                    out[at] = rounded_vector::<E, N>(value);
                 }
             }
             if unit_col == 0 {

@@ -16,6 +16,7 @@ use crate::{
         PlaneTile, ROWS, carry_rows, load_rows, new_scores, new_stage, plane_scores, put_rows, shared_max,
         shared_sum, unit_row, zero_matrices,
     },
+    rounding::{rounded, rounded_vector},
     square_tile::{ALIGNMENT, MASKED, MAX_START, NO_ROW, head_base},
     tensor::{array, grid},
     walk::{PlanArgs, Sizes, WalkTile, key_at, plan_args, start_walk},
@@ -201,7 +202,7 @@ fn plane_flash_kernel<E: Float, N: Size>(
                     let col = comptime!(c as u32) * sharers + part;
                     let weight = (held[r * tile.part() + c] - maximum[r]).exp();
                     sum[r] += weight;
-                    weights[(row * weight_pitch + col) as usize] = E::cast_from(weight);
+                    weights[(row * weight_pitch + col) as usize] = rounded::<E>(weight);
                 }
                 if part == 0 {
                     factors[row as usize] = factor;
@@ -261,7 +262,7 @@ fn plane_flash_kernel<E: Float, N: Size>(
                                 + query as usize * row_stride
                                 + comptime!(col * size.n / width)
                                 + at as usize;
-                            out[to] = Vector::cast_from(value / Vector::new(sum[r]));
+                            out[to] = rounded_vector::<E, N>(value / Vector::new(sum[r]));
                         }
                     }
                     if comptime!(col == 0) {

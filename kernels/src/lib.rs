@@ -44,6 +44,7 @@ mod numbers;
 mod op;
 mod plan;
 mod plane_tile;
+mod rounding;
 mod sample;
 mod select;
 pub mod selftest;

@@ -178,6 +178,12 @@ fn golden_plans_and_outputs_on_vulkan() {
 }
 
 #[test]
+#[cfg(feature = "cuda")]
+fn golden_plans_and_outputs_on_cuda() {
+    golden::<burn::backend::Cuda>(&[&SMALL_CASES[..], &["batch-wide"]].concat());
+}
+
+#[test]
 #[cfg(feature = "flex")]
 fn random_problems_are_like_the_plain_reference() {
     like_the_plain_reference::<burn::backend::Flex>();
@@ -199,6 +205,18 @@ fn gradients_are_those_of_the_plain_reference() {
 #[cfg(all(feature = "flex", feature = "vulkan"))]
 fn gradients_are_those_of_the_plain_reference_on_vulkan() {
     gradients::<burn::backend::Vulkan>(1e-4);
+}
+
+#[test]
+#[cfg(feature = "cuda")]
+fn random_problems_are_like_the_plain_reference_on_cuda() {
+    like_the_plain_reference::<burn::backend::Cuda>();
+}
+
+#[test]
+#[cfg(all(feature = "flex", feature = "cuda"))]
+fn gradients_are_those_of_the_plain_reference_on_cuda() {
+    gradients::<burn::backend::Cuda>(1e-3);
 }
 
 #[test]

@@ -70,7 +70,8 @@ pub struct SampleAttentionOptions {
     pub row_ratio: f64,
     /// Fewest rows to sample, at least 1.
     pub min_rows: usize,
-    /// Most rows to sample; `None` for no bound.
+    /// Most rows to sample; `None` for no bound. What a sample says of a column depends on how many rows it holds, not
+    /// on their share, so long prompts need no more than these.
     pub max_rows: Option<usize>,
     /// Width of the forced window, as a share of the key length, in `[0, 1]`.
     pub window_ratio: f64,
@@ -96,7 +97,7 @@ impl Default for SampleAttentionOptions {
             alpha: 0.95,
             row_ratio: 0.05,
             min_rows: 64,
-            max_rows: None,
+            max_rows: Some(1024),
             window_ratio: 0.08,
             block_size: 128,
             tail_rows: 128,
@@ -109,9 +110,9 @@ impl Default for SampleAttentionOptions {
 }
 
 impl SampleAttentionOptions {
-    /// The paper's settings.
+    /// The paper's settings, sampled rows unbounded.
     pub fn paper() -> Self {
-        Self { rule: Rule::Total, ..Self::default() }
+        Self { rule: Rule::Total, max_rows: None, ..Self::default() }
     }
 
     /// The paper's second setting: a lower alpha.

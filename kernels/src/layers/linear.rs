@@ -8,7 +8,7 @@ use super::{
     rows::{RowsView, check_device, vector_width},
     sum::{Lanes, plane_size, sum_lanes},
 };
-use crate::{Error, tensor::grid};
+use crate::{Error, rounding::rounded, tensor::grid};
 
 /// Rows of x up to which [`linear`] and [`gated_linear`] take a call.
 pub const MAX_LINEAR_ROWS: usize = 8;
@@ -291,7 +291,7 @@ fn linear_kernel<E: Float, N: Size>(
         if UNIT_POS_X == 0 && present && row < sizes.rows {
             let at = row as usize * sizes.residual_stride as usize + feature as usize;
             sum += element(bias, feature as usize) + element(residual, at);
-            y[row as usize * sizes.y_stride as usize + feature as usize] = E::cast_from(sum);
+            y[row as usize * sizes.y_stride as usize + feature as usize] = rounded::<E>(sum);
         }
     }
 }
@@ -361,7 +361,7 @@ fn gated_linear_kernel<E: Float, N: Size>(
         let value = sum_lanes(values[row as usize], &mut parts, config.lanes);
         if UNIT_POS_X == 0 && present && row < sizes.rows {
             let at = row as usize * sizes.y_stride as usize + feature as usize;
-            y[at] = E::cast_from(gate / (1.0 + (-gate).exp()) * value);
+            y[at] = rounded::<E>(gate / (1.0 + (-gate).exp()) * value);
         }
     }
 }

@@ -6,7 +6,7 @@ use super::{
     rows::{RowsView, check_device, vector_width},
     sum::{Lanes, plane_size, sum_lanes},
 };
-use crate::{Error, tensor::grid};
+use crate::{Error, rounding::rounded_vector, tensor::grid};
 
 /// Units of a cube at most.
 const UNITS: usize = 512;
@@ -134,10 +134,10 @@ fn norm_kernel<E: Float, N: Size>(
     while at < sizes.width {
         let mut value = Vector::<f32, N>::cast_from(x[x_base + at as usize]) * Vector::new(scale);
         if comptime!(config.round_before_weight) {
-            value = Vector::cast_from(Vector::<E, N>::cast_from(value));
+            value = Vector::cast_from(rounded_vector::<E, N>(value));
         }
         let weight = Vector::<f32, N>::cast_from(weight[at as usize]);
-        y[y_base + at as usize] = Vector::cast_from(value * weight);
+        y[y_base + at as usize] = rounded_vector::<E, N>(value * weight);
         at += lanes;
     }
 }

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 use super::rows::{RowsView, check_device};
 use crate::{
     Error, TensorView, f32_type,
+    rounding::rounded,
     tensor::{array, grid},
 };
 
@@ -247,7 +248,7 @@ fn rotate_kernel<E: Float>(
         let other = f32::cast_from(qkv[from + partner as usize]);
         let at = (step * sizes.table_stride + pair) as usize;
         let turned = f32::cast_from(value) * cos[at] + select(first, -other, other) * sin[at];
-        value = E::cast_from(turned);
+        value = rounded::<E>(turned);
     }
     if part.kind == 0 {
         let head = batch * sizes.q_heads as usize + part.head as usize;
