@@ -9,7 +9,8 @@ use crate::tensor::bf16_type;
 #[cube]
 pub(crate) fn rounded<E: Float>(value: f32) -> E {
     let mut value = value;
-    if comptime!(storage_type_of::<E>() == bf16_type()) {
+    let stored = storage_type_of::<E>();
+    if comptime!(stored == bf16_type()) {
         let bits = u32::reinterpret(value);
         // Infinity stays, and what is no number may not grow into one.
         let finite = bits & 0x7fff_ffffu32 < 0x7f80_0000u32;

@@ -26,7 +26,8 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Find a pass key in a long text with dense attention and with SampleAttention, side by side
+    /// Find a pass key in a long text with dense attention and with SampleAttention, side by side; what sattn does
+    /// without a command
     Demo(DemoArgs),
     /// Answer a prompt; the text goes to standard output, timings to standard error
     Generate(GenerateArgs),
@@ -56,8 +57,8 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Checkpoint folder: config.json, weights, tokenizer
-    pub dir: PathBuf,
+    /// Checkpoint folder: config.json, weights, tokenizer [default: the embedded model]
+    pub dir: Option<PathBuf>,
     /// Tokens of the prompt [default: 16384, or the model's range]
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     pub tokens: Option<usize>,

@@ -15,7 +15,11 @@ use clap::Parser;
 use args::{Cli, Command};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut words: Vec<_> = std::env::args_os().collect();
+    if words.len() == 1 {
+        words.push("demo".into());
+    }
+    let cli = Cli::parse_from(words);
     if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
         // Mesa's drivers complain on standard error where it is not set, and need nothing from it.
         // SAFETY: no other thread runs yet.

@@ -124,7 +124,7 @@ mod tests {
         let found: NamedAttention = r#"near={"preset":"joint","alpha":0.97}"#.parse().unwrap();
         let expected = SampleAttentionOptions { alpha: 0.97, ..Preset::Joint.options() };
         assert_eq!((found.name.as_str(), found.options), ("near", expected));
-        let plain: NamedAttention = r#"p={"coverage":"total"}"#.parse().unwrap();
+        let plain: NamedAttention = r#"p={"coverage":"total","max_rows":null}"#.parse().unwrap();
         assert_eq!(plain.options, Preset::Paper.options());
     }
 

@@ -324,3 +324,42 @@ fn a_trained_model_finds_its_keys() {
     }
     assert!(report["trials"][1]["density"].as_f64().unwrap() < 0.8, "{report}");
 }
+
+#[test]
+fn the_embedded_model_finds_its_keys_by_every_rule() {
+    let model = root().join("weights/embedded").display().to_string();
+    let text = text();
+    let args = [
+        "eval",
+        "rules",
+        &model,
+        "--text",
+        &text,
+        "--tokens",
+        "4096",
+        "--lengths",
+        "4096",
+        "--depths",
+        "20,70",
+        "--attention",
+        "dense,default,joint",
+        "--backend",
+        "cpu",
+        "--quiet",
+        "--json",
+    ];
+    let report = run_json(&args, "");
+    for trial in report["needle"]["trials"].as_array().unwrap() {
+        assert_eq!(
+            trial["found"].as_u64().unwrap() as usize,
+            trial["keys"].as_array().unwrap().len(),
+            "{trial}"
+        );
+    }
+    let results = report["perplexity"]["results"].as_array().unwrap();
+    let perplexity = |result: &Value| result["perplexity"].as_f64().unwrap();
+    for result in &results[1..] {
+        assert!(perplexity(result) < 1.05 * perplexity(&results[0]), "{result}");
+        assert!(result["density"].as_f64().unwrap() < 0.35, "{result}");
+    }
+}

@@ -1,5 +1,6 @@
 //! `sattn demo`: one long prompt, answered with dense attention and with SampleAttention, side by side.
 
+mod embedded;
 mod prompt;
 mod view;
 
@@ -52,7 +53,15 @@ struct Run {
 }
 
 pub fn run(args: DemoArgs) -> Result<ExitCode, Error> {
-    let checkpoint = open(&args.dir, RopeRatioMeaning::Auto)?;
+    let unpacked;
+    let dir = match &args.dir {
+        Some(dir) => dir.as_path(),
+        None => {
+            unpacked = embedded::unpack()?;
+            unpacked.path()
+        }
+    };
+    let checkpoint = open(dir, RopeRatioMeaning::Auto)?;
     let tokenizer = checkpoint.tokenizer()?;
     let chat = Chat::new(&checkpoint, &tokenizer)?;
     let range = checkpoint.config().context_length();
