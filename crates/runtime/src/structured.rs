@@ -25,9 +25,10 @@ const NOISE: f64 = 0.5;
 /// Wavelengths of the attraction between neighbours, in positions.
 const SHORTEST_WAVE: f64 = 16.0;
 const OCTAVES: f64 = 8.0;
-/// The largest share that a target density is looked for at; the smallest makes so many stripes.
+/// The largest share that a target density is looked for at; the smallest makes so many stripes: with fewer, rows
+/// early in the text see none of their channel and need many other columns.
 const LARGEST_SHARE: f64 = 0.6;
-const FEWEST_STRIPES: f64 = 16.0;
+const FEWEST_STRIPES: f64 = 128.0;
 /// Steps of the search at most, and how close ends it.
 const STEPS: usize = 8;
 const CLOSE: f64 = 0.02;
