@@ -114,12 +114,6 @@ fn layers_on_vulkan() {
 }
 
 #[test]
-#[cfg(feature = "cuda")]
-fn layers_on_cuda() {
-    like_burns_own::<burn::backend::Cuda>();
-}
-
-#[test]
 #[cfg(feature = "flex")]
 fn layers_on_ndarray() {
     like_burns_own::<burn::backend::NdArray>();

@@ -152,9 +152,3 @@ fn official_logits_on_the_cpu() {
 fn official_logits_on_vulkan() {
     check(BackendChoice::Vulkan, 1e-3, &[48], false);
 }
-
-#[test]
-#[cfg(feature = "cuda")]
-fn official_logits_on_cuda() {
-    check(BackendChoice::Cuda, 1e-3, &[48], false);
-}

@@ -208,18 +208,6 @@ fn gradients_are_those_of_the_plain_reference_on_vulkan() {
 }
 
 #[test]
-#[cfg(feature = "cuda")]
-fn random_problems_are_like_the_plain_reference_on_cuda() {
-    like_the_plain_reference::<burn::backend::Cuda>();
-}
-
-#[test]
-#[cfg(all(feature = "flex", feature = "cuda"))]
-fn gradients_are_those_of_the_plain_reference_on_cuda() {
-    gradients::<burn::backend::Cuda>(1e-3);
-}
-
-#[test]
 #[cfg(feature = "flex")]
 fn the_module_is_the_same_in_chunks_and_packed() {
     use burn::backend::Flex;

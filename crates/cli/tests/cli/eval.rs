@@ -326,7 +326,7 @@ fn a_trained_model_finds_its_keys() {
 }
 
 #[test]
-fn the_embedded_model_finds_its_keys_by_every_rule() {
+fn the_embedded_model_finds_its_keys_sparsely() {
     let model = root().join("weights/embedded").display().to_string();
     let text = text();
     let args = [
