@@ -12,14 +12,14 @@ use crate::Error;
 pub enum Preset {
     /// Every key, whatever the length.
     Dense,
-    /// 0.95 of the sampled mass, stripes counted outside a window of 8%.
+    /// 0.95 of the sampled mass of at most 1024 rows, stripes counted outside a window of 8%.
     #[default]
     Default,
     /// The paper's setting: 0.95, a column's score is all of its sampled mass.
     Paper,
     /// The paper's second setting: 0.80.
     Fast,
-    /// 0.95, bands and stripes chosen together besides a window of 4%.
+    /// 0.95 of at most 1024 rows, bands and stripes chosen together besides a window of 4%.
     Joint,
 }
 
