@@ -24,7 +24,7 @@ pub(crate) type Pair<E> = Vector<E, Const<2>>;
 /// Elements of a [`Wide`].
 pub(crate) const WIDE: usize = 8;
 /// Units of a plane.
-const PLANE: usize = 32;
+pub(crate) const PLANE: usize = 32;
 
 /// Room for [`Arrivals`] and for the alignment of what comes after them.
 pub(crate) const BARRIER_BYTES: usize = 128;
@@ -357,7 +357,7 @@ pub(crate) fn mma_values<E: Float>(
 
 /// The right operands of two neighbouring products, out of one load of four matrices.
 #[cube]
-fn split<E: Float>(loaded: &Array<Pair<E>>) -> (Array<Pair<E>>, Array<Pair<E>>) {
+pub(crate) fn split<E: Float>(loaded: &Array<Pair<E>>) -> (Array<Pair<E>>, Array<Pair<E>>) {
     let mut first = Array::<Pair<E>>::new(2usize);
     let mut second = Array::<Pair<E>>::new(2usize);
     first[0] = loaded[0];

@@ -90,15 +90,8 @@ struct LinearSizes {
 /// Nothing has been launched then.
 pub fn linear<R: Runtime>(client: &ComputeClient<R>, call: &Linear<'_>) -> Result<(), Error> {
     let Linear { x, weight, bias, residual, y } = *call;
-    check_sizes(x, weight)?;
-    weight.check("weight", [weight.rows, x.width], x.dtype)?;
-    y.check("y", [x.rows, weight.rows], x.dtype)?;
-    if let Some(bias) = bias {
-        bias.check("bias", [1, weight.rows], x.dtype)?;
-    }
-    if let Some(residual) = residual {
-        residual.check("residual", [x.rows, weight.rows], x.dtype)?;
-    }
+    check_few(x)?;
+    check_linear(call)?;
     let address = check_device(client, &[x, weight, y])?;
     let width = vector_width(client, &[x, weight]);
     let config = LinearConfig::new(client, x.rows, weight.rows, 1);
@@ -149,15 +142,9 @@ pub fn gated_linear<R: Runtime>(
     up: Option<&RowsView>,
     y: &RowsView,
 ) -> Result<(), Error> {
-    check_sizes(x, gate)?;
-    let rows = if up.is_some() { y.width } else { 2 * y.width };
-    gate.check("gate", [rows, x.width], x.dtype)?;
-    y.check("y", [x.rows, y.width], x.dtype)?;
+    check_few(x)?;
+    check_gated(x, gate, up, y)?;
     let other = up.unwrap_or(gate);
-    other.check("up", [rows, x.width], x.dtype)?;
-    if other.stride != gate.stride {
-        return Err(Error::tensor("up", "stride", other.stride, gate.stride));
-    }
     let address = check_device(client, &[x, gate, other, y])?;
     let width = vector_width(client, &[x, gate, other]);
     let config = LinearConfig::new(client, x.rows, y.width, 2);
@@ -190,11 +177,47 @@ pub fn gated_linear<R: Runtime>(
     Ok(())
 }
 
-fn check_sizes(x: &RowsView, weight: &RowsView) -> Result<(), Error> {
-    x.check("x", [x.rows, x.width], x.dtype)?;
+fn check_few(x: &RowsView) -> Result<(), Error> {
     if x.rows > MAX_LINEAR_ROWS {
         return Err(Error::tensor("x", "number of rows", x.rows, format!("at most {MAX_LINEAR_ROWS}")));
     }
+    Ok(())
+}
+
+pub(super) fn check_linear(call: &Linear<'_>) -> Result<(), Error> {
+    let Linear { x, weight, bias, residual, y } = *call;
+    check_sizes(x, weight)?;
+    weight.check("weight", [weight.rows, x.width], x.dtype)?;
+    y.check("y", [x.rows, weight.rows], x.dtype)?;
+    if let Some(bias) = bias {
+        bias.check("bias", [1, weight.rows], x.dtype)?;
+    }
+    if let Some(residual) = residual {
+        residual.check("residual", [x.rows, weight.rows], x.dtype)?;
+    }
+    Ok(())
+}
+
+pub(super) fn check_gated(
+    x: &RowsView,
+    gate: &RowsView,
+    up: Option<&RowsView>,
+    y: &RowsView,
+) -> Result<(), Error> {
+    check_sizes(x, gate)?;
+    let rows = if up.is_some() { y.width } else { 2 * y.width };
+    gate.check("gate", [rows, x.width], x.dtype)?;
+    y.check("y", [x.rows, y.width], x.dtype)?;
+    let other = up.unwrap_or(gate);
+    other.check("up", [rows, x.width], x.dtype)?;
+    if other.stride != gate.stride {
+        return Err(Error::tensor("up", "stride", other.stride, gate.stride));
+    }
+    Ok(())
+}
+
+fn check_sizes(x: &RowsView, weight: &RowsView) -> Result<(), Error> {
+    x.check("x", [x.rows, x.width], x.dtype)?;
     // Kernels count rows and columns, not elements, in 32 bits.
     if u32::try_from(weight.rows.max(x.stride).max(weight.stride)).is_err() {
         return Err(Error::tensor("weight", "size", weight.rows.max(weight.stride), "below 2^32"));
@@ -202,7 +225,9 @@ fn check_sizes(x: &RowsView, weight: &RowsView) -> Result<(), Error> {
     Ok(())
 }
 
-fn optional<R: Runtime, E: CubePrimitive>(view: Option<&RowsView>) -> ComptimeOptionArgs<Array<E>, R> {
+pub(super) fn optional<R: Runtime, E: CubePrimitive>(
+    view: Option<&RowsView>,
+) -> ComptimeOptionArgs<Array<E>, R> {
     view.map_or(ComptimeOptionArgs::None, |view| ComptimeOptionArgs::Some(view.arg()))
 }
 

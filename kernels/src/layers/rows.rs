@@ -31,7 +31,7 @@ impl RowsView {
     }
 
     /// Whether rows can be read as vectors of `width` elements.
-    fn fits_width(&self, width: usize) -> bool {
+    pub(super) fn fits_width(&self, width: usize) -> bool {
         let offset = self.handle.offset_start.unwrap_or(0) as usize;
         self.width.is_multiple_of(width)
             && (self.rows == 1 || self.stride.is_multiple_of(width))
