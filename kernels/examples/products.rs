@@ -4,6 +4,7 @@
 //! ```text
 //! products cuda|vulkan|wgpu launches                     microseconds of a launch, with and without shapes
 //! products cuda|vulkan|wgpu linear [ROWS...]             1 row, or as many as named, up to 8
+//! products cuda|vulkan|wgpu product [NAME...] [ROWS...]  many rows: 2048 16384, or as many as named
 //! products cuda|vulkan|wgpu matmul [NAME...] [ROWS...]   all of qkv dense up down head, 1 2048 16384 rows
 //! ```
 //! `bf16` where the device has it, otherwise `f16`, otherwise `f32`. Medians, after warm-up. A strategy that
@@ -27,8 +28,8 @@ use cubek::{
     std::InputBinding,
 };
 use sample_attention_kernels::{
-    bf16_type, f32_type, half_type,
-    layers::{Linear, MAX_LINEAR_ROWS, RowsView, gated_linear, linear},
+    bf16_type, f32_type, from_bytes, half_type,
+    layers::{Linear, MAX_LINEAR_ROWS, RowsView, gated_linear, gated_product, linear, product},
     to_bytes,
 };
 
@@ -56,7 +57,9 @@ fn main() -> ExitCode {
         ["cuda", rest @ ..] => {
             run(&cubecl::cuda::CudaRuntime::client(&cubecl::cuda::CudaDevice::default()), rest)
         }
-        _ => Err("usage: products cuda|vulkan|wgpu launches|linear|matmul [NAME...] [ROWS...]".into()),
+        _ => {
+            Err("usage: products cuda|vulkan|wgpu launches|linear|product|matmul [NAME...] [ROWS...]".into())
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -69,7 +72,7 @@ fn main() -> ExitCode {
 
 fn run<R: Runtime>(client: &ComputeClient<R>, words: &[&str]) -> Result<(), String> {
     let Some((what, rest)) = words.split_first() else {
-        return Err("found nothing to time, expected `launches`, `linear` or `matmul`".into());
+        return Err("found nothing to time, expected `launches`, `linear`, `product` or `matmul`".into());
     };
     let (mut names, mut rows) = (Vec::new(), Vec::new());
     for word in rest {
@@ -93,6 +96,13 @@ fn run<R: Runtime>(client: &ComputeClient<R>, words: &[&str]) -> Result<(), Stri
                 }
             }
         }
+        "product" => {
+            for (name, outputs, inputs) in asked {
+                for rows in or_else(&[2048, 16_384]) {
+                    time_product(client, name, [rows, outputs, inputs], dtype)?;
+                }
+            }
+        }
         "matmul" => {
             for (name, outputs, inputs) in asked {
                 for rows in or_else(&[1, 2048, 16_384]) {
@@ -100,7 +110,9 @@ fn run<R: Runtime>(client: &ComputeClient<R>, words: &[&str]) -> Result<(), Stri
                 }
             }
         }
-        other => return Err(format!("found `{other}`, expected `launches`, `linear` or `matmul`")),
+        other => {
+            return Err(format!("found `{other}`, expected `launches`, `linear`, `product` or `matmul`"));
+        }
     }
     Ok(())
 }
@@ -219,6 +231,46 @@ fn time_linear<R: Runtime>(
             gated_linear(client, &x, weight(call), None, &y).map_err(|error| error.to_string())
         })?;
         report("gated linear", seconds);
+    }
+    Ok(())
+}
+
+/// The last rows must be what the kernel for few rows makes of them.
+fn time_product<R: Runtime>(
+    client: &ComputeClient<R>,
+    name: &str,
+    [rows, outputs, inputs]: [usize; 3],
+    dtype: StorageType,
+) -> Result<(), String> {
+    let (x, weight) = (matrix(client, [rows, inputs], dtype), matrix(client, [outputs, inputs], dtype));
+    let last = rows.min(MAX_LINEAR_ROWS);
+    let mut few = RowsView { rows: last, ..x.clone() };
+    few.handle = few.handle.offset_start(((rows - last) * inputs * dtype.size()) as u64);
+    let text = |error: sample_attention_kernels::Error| error.to_string();
+    let report = |what: &str, width: usize, seconds: f64, many: &RowsView, few: &RowsView| {
+        let values = |view: &RowsView| from_bytes(&client.read_one(view.handle.clone()).unwrap(), dtype);
+        let (many, few) = (values(many), values(few));
+        let pairs = many[(rows - last) * width..].iter().zip(&few);
+        let difference = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let largest = few.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        let rate = 2.0 * (rows * inputs * outputs) as f64 / seconds / 1e12;
+        println!(
+            "{dtype} {name} {rows} x {inputs} x {outputs}: {what} {:.1} us, {rate:.1} TFLOP/s, \
+             differs by {difference:e} of {largest}",
+            seconds * 1e6
+        );
+    };
+    let (y, y_few) = (empty(client, [rows, outputs], dtype), empty(client, [last, outputs], dtype));
+    let call = |x, y| Linear { x, weight: &weight, bias: None, residual: None, y };
+    let seconds = time(client, 5, |_| product(client, &call(&x, &y)).map_err(text))?;
+    linear(client, &call(&few, &y_few)).map_err(text)?;
+    report("product", outputs, seconds, &y, &y_few);
+    if name == "up" {
+        let width = outputs / 2;
+        let (y, y_few) = (empty(client, [rows, width], dtype), empty(client, [last, width], dtype));
+        let seconds = time(client, 5, |_| gated_product(client, &x, &weight, None, &y).map_err(text))?;
+        gated_linear(client, &few, &weight, None, &y_few).map_err(text)?;
+        report("gated product", width, seconds, &y, &y_few);
     }
     Ok(())
 }

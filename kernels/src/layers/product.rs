@@ -52,8 +52,8 @@ struct ProductSizes {
     outputs: u32,
     x_stride: u32,
     weight_stride: u32,
-    /// Where the weight of the values begins, in [`Wide`] vectors.
-    up: usize,
+    /// Where the values begin in their weight, in [`Wide`] vectors.
+    first_value: usize,
     residual_stride: u32,
     y_stride: u32,
 }
@@ -92,13 +92,13 @@ pub fn product<R: Runtime>(client: &ComputeClient<R>, call: &Linear<'_>) -> Resu
     if !pairs {
         return Err(Error::tensor("y, residual or bias", "width and stride", y.stride, "multiples of 2"));
     }
-    launch(client, x, weight, 0, bias, residual, y, false)
+    launch(client, x, [weight, weight], None, [bias, residual], y)
 }
 
 /// Launches `y = silu(x Gᵀ) · (x Uᵀ)` for any number of rows; see [`gated_linear`](super::gated_linear).
 ///
 /// # Errors
-/// As [`product`]; gates and values that are not one weight.
+/// As [`product`].
 pub fn gated_product<R: Runtime>(
     client: &ComputeClient<R>,
     x: &RowsView,
@@ -107,36 +107,32 @@ pub fn gated_product<R: Runtime>(
     y: &RowsView,
 ) -> Result<(), Error> {
     check_gated(x, gate, up, y)?;
-    if up.is_some() {
-        return Err(Error::Unsupported("products of gates and values apart".into()));
-    }
-    check_support(client, &[x, gate], y.width)?;
+    check_support(client, &[x, gate, up.unwrap_or(gate)], y.width)?;
     if !y.fits_width(2) {
         return Err(Error::tensor("y", "width and stride", y.stride, "multiples of 2"));
     }
-    launch(client, x, gate, y.width * gate.stride / WIDE, None, None, y, true)
+    let first_value = if up.is_some() { 0 } else { y.width * gate.stride / WIDE };
+    launch(client, x, [gate, up.unwrap_or(gate)], Some(first_value), [None, None], y)
 }
 
-#[allow(clippy::too_many_arguments)]
+/// With gates, values begin at vector `first_value` of the second weight.
 fn launch<R: Runtime>(
     client: &ComputeClient<R>,
     x: &RowsView,
-    weight: &RowsView,
-    up: usize,
-    bias: Option<&RowsView>,
-    residual: Option<&RowsView>,
+    [weight, up]: [&RowsView; 2],
+    first_value: Option<usize>,
+    [bias, residual]: [Option<&RowsView>; 2],
     y: &RowsView,
-    gated: bool,
 ) -> Result<(), Error> {
-    let address = check_device(client, &[x, weight, y])?;
-    let features = if gated { FEATURES / 2 } else { FEATURES };
+    let address = check_device(client, &[x, weight, up, y])?;
+    let features = if first_value.is_some() { FEATURES / 2 } else { FEATURES };
     let sizes = ProductSizesLaunch::new(
         x.rows as u32,
         (x.width / WIDE) as u32,
         y.width as u32,
         (x.stride / WIDE) as u32,
         (weight.stride / WIDE) as u32,
-        up,
+        first_value.unwrap_or(0),
         residual.map_or(0, |residual| residual.stride / 2) as u32,
         (y.stride / 2) as u32,
     );
@@ -149,57 +145,81 @@ fn launch<R: Runtime>(
             address,
             x.arg(),
             weight.arg(),
+            up.arg(),
             optional(bias),
             optional(residual),
             y.arg(),
             sizes,
-            gated,
+            first_value.is_some(),
             x.dtype,
         );
     }
     Ok(())
 }
 
-/// Starts to copy a tile's `count` rows, from `first` of `end` rows on, into a stage; zeros beyond.
-#[cube]
-fn copy_tile<E: Float>(
-    source: &Array<Wide<E>>,
-    base: usize,
+/// Which rows of a matrix a tile holds, and of those a matrix has.
+#[derive(CubeType, Clone, Copy)]
+struct TileRows {
     first: u32,
     end: u32,
     stride: u32,
+}
+
+/// Starts to copy one row's vector into a stage, zeros where it is not `present`.
+#[cube]
+fn copy_vector<E: Float>(
+    source: &Array<Wide<E>>,
+    from: usize,
+    present: bool,
+    stage: &mut SharedMemory<Wide<E>>,
+    to: usize,
+) {
+    let length = usize::cast_from(present);
+    copy_async_checked(
+        &source.slice(from, from + length),
+        &mut stage.slice_mut(to, to + 1),
+        comptime!(WIDE as u32),
+    );
+}
+
+/// Starts to copy [`DEPTH`] columns from `column` on of `count` rows into a stage. With gates, each plane has gates
+/// and values of the same features.
+#[cube]
+fn copy_tile<E: Float>(
+    source: &Array<Wide<E>>,
+    values: &Array<Wide<E>>,
+    rows: TileRows,
     column: u32,
-    columns: u32,
+    sizes: &ProductSizes,
     stage: &mut SharedMemory<Wide<E>>,
     stage_offset: u32,
     #[comptime] count: usize,
     #[comptime] gated: bool,
-    up: usize,
 ) {
     let chunks = comptime!((DEPTH / WIDE) as u32);
+    let half = comptime!((SIDE / 2) as u32);
     #[unroll]
     for step in 0..comptime!((count * DEPTH / WIDE / UNITS) as u32) {
         let index = UNIT_POS + comptime!(step * UNITS as u32);
         let slot = index / chunks;
-        let col = index % chunks;
-        let mut row = first + slot;
-        let mut from = base;
+        let col = column + index % chunks;
+        let mut row = rows.first + slot;
         if comptime!(gated) {
-            // Each plane has gates and values of the same features.
-            row = first + slot / 64 * 32 + slot % 32;
-            from = select(slot / 32 % 2 == 1, base + up, base);
+            row = rows.first + slot / (2 * half) * half + slot % half;
         }
-        let present = row < end && column + col < columns;
-        let at =
-            select(row < end, row, 0) as usize * stride as usize + select(present, column + col, 0) as usize;
-        let from = from + at;
-        let to = (stage_offset + slot * comptime!(PITCH as u32) + col) as usize;
-        let length = usize::cast_from(present);
-        copy_async_checked(
-            &source.slice(from, from + length),
-            &mut stage.slice_mut(to, to + 1),
-            comptime!(WIDE as u32),
-        );
+        let present = row < rows.end && col < sizes.inputs;
+        let row = select(present, row, 0) as usize;
+        let from = row * rows.stride as usize + select(present, col, 0) as usize;
+        let to = (stage_offset + slot * comptime!(PITCH as u32) + index % chunks) as usize;
+        if comptime!(gated) {
+            if slot / half % 2 == 1 {
+                copy_vector::<E>(values, sizes.first_value + from, present, stage, to);
+            } else {
+                copy_vector::<E>(source, from, present, stage, to);
+            }
+        } else {
+            copy_vector::<E>(source, from, present, stage, to);
+        }
     }
 }
 
@@ -217,6 +237,7 @@ fn pair<E: Float>(array: &ComptimeOption<Array<Pair<E>>>, at: usize) -> Pair<f32
 fn product_kernel<E: Float>(
     x: &Array<Wide<E>>,
     weight: &Array<Wide<E>>,
+    values: &Array<Wide<E>>,
     bias: &ComptimeOption<Array<Pair<E>>>,
     residual: &ComptimeOption<Array<Pair<E>>>,
     y: &mut Array<Pair<E>>,
@@ -249,40 +270,18 @@ fn product_kernel<E: Float>(
     }
     sync_cube();
 
+    let x_rows = TileRows { first: first_row, end: sizes.rows, stride: sizes.x_stride };
+    let w_rows = TileRows { first: first_feature, end: sizes.outputs, stride: sizes.weight_stride };
     let chunks = comptime!((DEPTH / WIDE) as u32);
     let steps = sizes.inputs.div_ceil(chunks);
     #[unroll]
     for stage in 0..comptime!(STAGES - 1) {
         if comptime!(stage as u32) < steps {
             let column = comptime!(stage as u32) * chunks;
-            copy_tile::<E>(
-                x,
-                0,
-                first_row,
-                sizes.rows,
-                sizes.x_stride,
-                column,
-                sizes.inputs,
-                &mut x_stage,
-                comptime!((stage * stage_rows) as u32),
-                ROWS,
-                false,
-                0,
-            );
-            copy_tile::<E>(
-                weight,
-                0,
-                first_feature,
-                sizes.outputs,
-                sizes.weight_stride,
-                column,
-                sizes.inputs,
-                &mut w_stage,
-                comptime!((stage * stage_features) as u32),
-                FEATURES,
-                gated,
-                sizes.up,
-            );
+            let (x_to, w_to) =
+                (comptime!((stage * stage_rows) as u32), comptime!((stage * stage_features) as u32));
+            copy_tile::<E>(x, x, x_rows, column, &sizes, &mut x_stage, x_to, ROWS, false);
+            copy_tile::<E>(weight, values, w_rows, column, &sizes, &mut w_stage, w_to, FEATURES, gated);
             barriers.index(stage).commit_copy_async();
             barriers.index(stage).arrive();
         }
@@ -312,34 +311,10 @@ fn product_kernel<E: Float>(
         let ahead = step + comptime!(STAGES as u32 - 1);
         if ahead < steps {
             let next = ahead % comptime!(STAGES as u32);
-            copy_tile::<E>(
-                x,
-                0,
-                first_row,
-                sizes.rows,
-                sizes.x_stride,
-                ahead * chunks,
-                sizes.inputs,
-                &mut x_stage,
-                next * comptime!(stage_rows as u32),
-                ROWS,
-                false,
-                0,
-            );
-            copy_tile::<E>(
-                weight,
-                0,
-                first_feature,
-                sizes.outputs,
-                sizes.weight_stride,
-                ahead * chunks,
-                sizes.inputs,
-                &mut w_stage,
-                next * comptime!(stage_features as u32),
-                FEATURES,
-                gated,
-                sizes.up,
-            );
+            let (x_to, w_to) = (next * comptime!(stage_rows as u32), next * comptime!(stage_features as u32));
+            let column = ahead * chunks;
+            copy_tile::<E>(x, x, x_rows, column, &sizes, &mut x_stage, x_to, ROWS, false);
+            copy_tile::<E>(weight, values, w_rows, column, &sizes, &mut w_stage, w_to, FEATURES, gated);
             #[unroll]
             for stage in 0..STAGES {
                 if next == comptime!(stage as u32) {
