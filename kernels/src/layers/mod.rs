@@ -11,6 +11,6 @@ mod sum;
 
 pub use linear::{Linear, MAX_LINEAR_ROWS, gated_linear, linear};
 pub use norm::{RmsNorm, rms_norm};
-pub use product::{MIN_PRODUCT_ROWS, gated_product, product};
+pub use product::{MIN_PRODUCT_ROWS, gated_product, multiplies, product};
 pub use rotate::{Heads, Packing, Pairs, Rotate, rotate};
 pub use rows::RowsView;

@@ -58,16 +58,20 @@ struct ProductSizes {
     y_stride: u32,
 }
 
-/// Whether [`product`] and [`gated_product`] take inputs of this type on this device.
+/// Whether [`product`] and [`gated_product`] multiply this type on this device.
+pub fn multiplies<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> bool {
+    let properties = client.properties();
+    let bytes = STAGES * (ROWS + FEATURES) * PITCH * 16 + BARRIER_BYTES;
+    MmaTile::is_supported(properties, dtype) && properties.hardware.max_shared_memory_size >= bytes
+}
+
 fn check_support<R: Runtime>(
     client: &ComputeClient<R>,
     views: &[&RowsView],
     outputs: usize,
 ) -> Result<(), Error> {
-    let properties = client.properties();
     let dtype = views[0].dtype;
-    let bytes = STAGES * (ROWS + FEATURES) * PITCH * 16 + BARRIER_BYTES;
-    if !MmaTile::is_supported(properties, dtype) || properties.hardware.max_shared_memory_size < bytes {
+    if !multiplies(client, dtype) {
         return Err(Error::Unsupported(format!("matrix products of {dtype} by mma.sync")));
     }
     if let Some(view) = views.iter().find(|view| !view.fits_width(WIDE)) {

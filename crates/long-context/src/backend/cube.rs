@@ -11,7 +11,7 @@ use sample_attention::cube::view;
 use sample_attention::fusion::{Fusing, register};
 use sample_attention::rotary::{Rotary, RotaryPairs};
 use sample_attention_kernels::Error;
-use sample_attention_kernels::layers::{self, Linear, MAX_LINEAR_ROWS, RmsNorm, RowsView};
+use sample_attention_kernels::layers::{self, Linear, MAX_LINEAR_ROWS, MIN_PRODUCT_ROWS, RmsNorm, RowsView};
 
 use super::{Heads, LayerBackend, Packing, Rotated, float, plain, tensor};
 
@@ -22,13 +22,17 @@ where
     I: IntElement,
     BT: BoolElement,
 {
+    fn multiplies(dtype: DType, device: &Self::Device) -> bool {
+        layers::multiplies(&R::client(device), dtype.into())
+    }
+
     fn project(
         x: CubeTensor<R>,
         weight: CubeTensor<R>,
         bias: Option<CubeTensor<R>>,
         residual: Option<CubeTensor<R>>,
     ) -> CubeTensor<R> {
-        if !is_narrow(&x.shape()) {
+        if !has_kernel::<Self>(&x.shape(), x.dtype, &x.device) {
             return plain::project::<Self>(x, weight, bias, residual);
         }
         let launched = launch(&x, weight.meta.shape()[0], |x_rows, y| {
@@ -40,19 +44,27 @@ where
                 residual: residual.as_ref(),
                 y,
             };
-            layers::linear(&x.client, &call)
+            if is_narrow(&x.shape()) {
+                layers::linear(&x.client, &call)
+            } else {
+                layers::product(&x.client, &call)
+            }
         });
         launched.unwrap_or_else(|_| plain::project::<Self>(x, weight, bias, residual))
     }
 
     fn project_gated(x: CubeTensor<R>, gate: CubeTensor<R>, up: Option<CubeTensor<R>>) -> CubeTensor<R> {
-        if !is_narrow(&x.shape()) {
+        if !has_kernel::<Self>(&x.shape(), x.dtype, &x.device) {
             return plain::project_gated::<Self>(x, gate, up);
         }
         let width = gated_width(gate.meta.shape(), up.is_some());
         let launched = launch(&x, width, |x_rows, y| {
             let up = up.as_ref().map(rows);
-            layers::gated_linear(&x.client, x_rows, &rows(&gate), up.as_ref(), y)
+            if is_narrow(&x.shape()) {
+                layers::gated_linear(&x.client, x_rows, &rows(&gate), up.as_ref(), y)
+            } else {
+                layers::gated_product(&x.client, x_rows, &rows(&gate), up.as_ref(), y)
+            }
         });
         launched.unwrap_or_else(|_| plain::project_gated::<Self>(x, gate, up))
     }
@@ -127,6 +139,12 @@ fn is_narrow(x: &Shape) -> bool {
     x.num_elements() <= MAX_LINEAR_ROWS * width
 }
 
+/// Whether a projection of an input of this shape has a kernel of ours.
+fn has_kernel<B: LayerBackend>(x: &Shape, dtype: DType, device: &B::Device) -> bool {
+    let width = x[x.num_dims() - 1];
+    is_narrow(x) || x.num_elements() >= MIN_PRODUCT_ROWS * width && B::multiplies(dtype, device)
+}
+
 /// Output features of a gated projection.
 fn gated_width(gate: &Shape, has_up: bool) -> usize {
     if has_up { gate[0] } else { gate[0] / 2 }
@@ -177,15 +195,18 @@ fn first_positions<R: CubeRuntime>(memory: &CubeTensor<R>, length: usize) -> Cub
     CubeTensor::new(memory.client.clone(), memory.handle.clone(), meta, memory.device.clone(), memory.dtype)
 }
 
-/// Few rows take kernels, many what Burn makes of them.
 impl<B: FusionBackend + LayerBackend> LayerBackend for Fusion<B> {
+    fn multiplies(dtype: DType, device: &Self::Device) -> bool {
+        B::multiplies(dtype, device)
+    }
+
     fn project(
         x: Fusing<B>,
         weight: Fusing<B>,
         bias: Option<Fusing<B>>,
         residual: Option<Fusing<B>>,
     ) -> Fusing<B> {
-        if !is_narrow(&x.shape) {
+        if !has_kernel::<Self>(&x.shape, x.dtype, x.client.device()) {
             return plain::project::<Self>(x, weight, bias, residual);
         }
         let output = like::<B>(&x, weight.shape[0]);
@@ -200,7 +221,7 @@ impl<B: FusionBackend + LayerBackend> LayerBackend for Fusion<B> {
     }
 
     fn project_gated(x: Fusing<B>, gate: Fusing<B>, up: Option<Fusing<B>>) -> Fusing<B> {
-        if !is_narrow(&x.shape) {
+        if !has_kernel::<Self>(&x.shape, x.dtype, x.client.device()) {
             return plain::project_gated::<Self>(x, gate, up);
         }
         let output = like::<B>(&x, gated_width(&gate.shape, up.is_some()));

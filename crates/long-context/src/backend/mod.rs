@@ -6,7 +6,7 @@ mod plain;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::{DType, Tensor, TensorPrimitive};
 use sample_attention::AttentionBackend;
 use sample_attention::rotary::Rotary;
 
@@ -74,6 +74,11 @@ pub struct Rotated<B: Backend> {
 /// A backend that runs decoder layers: CUDA, Vulkan and WebGPU have kernels for what bounds them when a token is
 /// decoded, fused or not; all others do the same in Burn's own operations, with gradients where they have them.
 pub trait LayerBackend: AttentionBackend {
+    /// Whether there is a kernel that multiplies many rows of a type on a device.
+    fn multiplies(_dtype: DType, _device: &Self::Device) -> bool {
+        false
+    }
+
     /// `x Wᵀ`, plus bias and residual where there are any.
     ///
     /// # Shapes
