@@ -185,6 +185,9 @@ pub struct SelftestArgs {
     /// Folders of golden cases (golden.json and golden.safetensors) to run besides the random problems
     #[arg(long, value_name = "DIR")]
     pub golden: Vec<PathBuf>,
+    /// Type to check; auto checks all of them
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: DtypeName,
     /// Seed of the random problems [default: the time]
     #[arg(long)]
     pub seed: Option<u64>,

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     Error,
-    mma_tile::{BARRIER_BYTES, MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, split, zero_products},
+    mma_tile::{BARRIER_BYTES, MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, zero_products},
     tensor::grid,
 };
 
@@ -41,6 +41,13 @@ const SIDE: usize = 64;
 const UNITS: usize = ROWS / SIDE * FEATURE_PLANES * PLANE;
 /// Distance of staged rows, in vectors: one more than they hold, for loads without bank conflicts.
 const PITCH: usize = DEPTH / WIDE + 1;
+/// Rows that the cube's units copy at a time.
+const COPIED_ROWS: usize = UNITS * WIDE / DEPTH;
+/// Copies of a unit into a stage.
+const X_COPIES: usize = ROWS / COPIED_ROWS;
+const W_COPIES: usize = FEATURES / COPIED_ROWS;
+/// Times that operands are loaded out of a stage.
+const LOADS: usize = DEPTH / 16;
 /// Tiles of rows that cubes side by side cover before they go on to the next features.
 const BAND: usize = 8;
 
@@ -161,68 +168,129 @@ fn launch<R: Runtime>(
     Ok(())
 }
 
-/// Which rows of a matrix a tile holds, and of those a matrix has.
+/// Where a unit's copies come from: a column of one row of a tile, and of every [`COPIED_ROWS`]-th after it.
 #[derive(CubeType, Clone, Copy)]
-struct TileRows {
-    first: u32,
-    end: u32,
+struct Source {
+    row: u32,
+    last_row: u32,
+    column: u32,
     stride: u32,
+    inputs: u32,
 }
 
-/// Starts to copy one row's vector into a stage, zeros where it is not `present`.
+/// Starts to copy vector `column` of a row into a stage; zeros where rows are not that long. Rows beyond the
+/// last repeat it: what they add up to is not stored.
 #[cube]
 fn copy_vector<E: Float>(
-    source: &Array<Wide<E>>,
-    from: usize,
-    present: bool,
+    matrix: &Array<Wide<E>>,
+    first: usize,
+    row: u32,
+    source: &Source,
     stage: &mut SharedMemory<Wide<E>>,
-    to: usize,
+    to: u32,
 ) {
-    let length = usize::cast_from(present);
+    let from = first + min(row, source.last_row) as usize * source.stride as usize + source.column as usize;
+    let length = usize::cast_from(source.column < source.inputs);
     copy_async_checked(
-        &source.slice(from, from + length),
-        &mut stage.slice_mut(to, to + 1),
+        &matrix.slice(from, from + length),
+        &mut stage.slice_mut(to as usize, to as usize + 1),
         comptime!(WIDE as u32),
     );
 }
 
-/// Starts to copy [`DEPTH`] columns from `column` on of `count` rows into a stage. With gates, each plane has gates
-/// and values of the same features.
+/// Starts copy number `index` of a unit: rows of x first, then features. With gates, each plane has gates and
+/// values of the same features.
 #[cube]
-fn copy_tile<E: Float>(
-    source: &Array<Wide<E>>,
+fn start_copy<E: Float>(
+    x: &Array<Wide<E>>,
+    weight: &Array<Wide<E>>,
     values: &Array<Wide<E>>,
-    rows: TileRows,
-    column: u32,
-    sizes: &ProductSizes,
-    stage: &mut SharedMemory<Wide<E>>,
-    stage_offset: u32,
-    #[comptime] count: usize,
+    x_source: &Source,
+    w_source: &Source,
+    first_value: usize,
+    x_stage: &mut SharedMemory<Wide<E>>,
+    w_stage: &mut SharedMemory<Wide<E>>,
+    slot: u32,
+    #[comptime] stage: usize,
+    #[comptime] index: usize,
     #[comptime] gated: bool,
 ) {
-    let chunks = comptime!((DEPTH / WIDE) as u32);
-    let half = comptime!((SIDE / 2) as u32);
-    #[unroll]
-    for step in 0..comptime!((count * DEPTH / WIDE / UNITS) as u32) {
-        let index = UNIT_POS + comptime!(step * UNITS as u32);
-        let slot = index / chunks;
-        let col = column + index % chunks;
-        let mut row = rows.first + slot;
-        if comptime!(gated) {
-            row = rows.first + slot / (2 * half) * half + slot % half;
-        }
-        let present = row < rows.end && col < sizes.inputs;
-        let row = select(present, row, 0) as usize;
-        let from = row * rows.stride as usize + select(present, col, 0) as usize;
-        let to = (stage_offset + slot * comptime!(PITCH as u32) + index % chunks) as usize;
-        if comptime!(gated) {
-            if slot / half % 2 == 1 {
-                copy_vector::<E>(values, sizes.first_value + from, present, stage, to);
-            } else {
-                copy_vector::<E>(source, from, present, stage, to);
-            }
+    if comptime!(index < X_COPIES) {
+        let row = x_source.row + comptime!((index * COPIED_ROWS) as u32);
+        let to = slot + comptime!(((stage * ROWS + index * COPIED_ROWS) * PITCH) as u32);
+        copy_vector::<E>(x, 0, row, x_source, x_stage, to);
+    } else {
+        let part = comptime!(index - X_COPIES);
+        let to = slot + comptime!(((stage * FEATURES + part * COPIED_ROWS) * PITCH) as u32);
+        if comptime!(!gated) {
+            let row = w_source.row + comptime!((part * COPIED_ROWS) as u32);
+            copy_vector::<E>(weight, 0, row, w_source, w_stage, to);
         } else {
-            copy_vector::<E>(source, from, present, stage, to);
+            let row = w_source.row + comptime!((part / 2 * COPIED_ROWS) as u32);
+            if comptime!(part % 2 == 1) {
+                copy_vector::<E>(values, first_value, row, w_source, w_stage, to);
+            } else {
+                copy_vector::<E>(weight, 0, row, w_source, w_stage, to);
+            }
+        }
+    }
+}
+
+/// What a plane multiplies at a time: [`SIDE`] rows and as many features, 16 elements of each.
+#[derive(CubeType)]
+struct Operands<E: Float> {
+    rows: Sequence<Array<Pair<E>>>,
+    features: Sequence<Array<Pair<E>>>,
+}
+
+#[cube]
+fn new_operands<E: Float>() -> Operands<E> {
+    let mut rows = Sequence::new();
+    let mut features = Sequence::new();
+    #[unroll]
+    for _ in 0..comptime!(SIDE / 16) {
+        rows.push(Array::<Pair<E>>::new(4usize));
+    }
+    #[unroll]
+    for _ in 0..comptime!(SIDE / 8) {
+        features.push(Array::<Pair<E>>::new(2usize));
+    }
+    Operands::<E> { rows, features }
+}
+
+/// Loads the plane's operands number `k` of a stage.
+#[cube]
+fn load_operands<E: Float>(
+    x_stage: &SharedMemory<Wide<E>>,
+    w_stage: &SharedMemory<Wide<E>>,
+    x_at: u32,
+    w_at: u32,
+    operands: &mut Operands<E>,
+    #[comptime] stage: usize,
+    #[comptime] k: usize,
+) {
+    let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    #[unroll]
+    for m in 0..comptime!(SIDE / 16) {
+        let at = (x_at + comptime!(((stage * ROWS + m * 16) * PITCH + k * 2) as u32)) as usize;
+        let row = x_stage.slice(at, at + 1);
+        let loaded = definition.load_matrix::<Wide<E>, Const<2>>(&row, MatrixIdent::A, 4usize, false);
+        let target = operands.rows.index_mut(m);
+        #[unroll]
+        for i in 0..4usize {
+            target[i] = loaded[i];
+        }
+    }
+    #[unroll]
+    for n in 0..comptime!(SIDE / 16) {
+        let at = (w_at + comptime!(((stage * FEATURES + n * 16) * PITCH + k * 2) as u32)) as usize;
+        let row = w_stage.slice(at, at + 1);
+        let loaded = definition.load_matrix::<Wide<E>, Const<2>>(&row, MatrixIdent::B, 4usize, false);
+        #[unroll]
+        for half in 0..2usize {
+            let target = operands.features.index_mut(comptime!(2 * n + half));
+            target[0] = loaded[comptime!(2 * half)];
+            target[1] = loaded[comptime!(2 * half + 1)];
         }
     }
 }
@@ -274,21 +342,49 @@ fn product_kernel<E: Float>(
     }
     sync_cube();
 
-    let x_rows = TileRows { first: first_row, end: sizes.rows, stride: sizes.x_stride };
-    let w_rows = TileRows { first: first_feature, end: sizes.outputs, stride: sizes.weight_stride };
     let chunks = comptime!((DEPTH / WIDE) as u32);
+    let copied_row = UNIT_POS / chunks;
+    let slot = copied_row * comptime!(PITCH as u32) + UNIT_POS % chunks;
+    let mut x_source = Source {
+        row: first_row + copied_row,
+        last_row: sizes.rows - 1,
+        column: UNIT_POS % chunks,
+        stride: sizes.x_stride,
+        inputs: sizes.inputs,
+    };
+    let mut w_source = Source {
+        row: first_feature + copied_row,
+        last_row: sizes.outputs - 1,
+        column: UNIT_POS % chunks,
+        stride: sizes.weight_stride,
+        inputs: sizes.inputs,
+    };
     let steps = sizes.inputs.div_ceil(chunks);
     #[unroll]
     for stage in 0..comptime!(STAGES - 1) {
         if comptime!(stage as u32) < steps {
-            let column = comptime!(stage as u32) * chunks;
-            let (x_to, w_to) =
-                (comptime!((stage * stage_rows) as u32), comptime!((stage * stage_features) as u32));
-            copy_tile::<E>(x, x, x_rows, column, &sizes, &mut x_stage, x_to, ROWS, false);
-            copy_tile::<E>(weight, values, w_rows, column, &sizes, &mut w_stage, w_to, FEATURES, gated);
+            #[unroll]
+            for index in 0..comptime!(X_COPIES + W_COPIES) {
+                start_copy::<E>(
+                    x,
+                    weight,
+                    values,
+                    &x_source,
+                    &w_source,
+                    sizes.first_value,
+                    &mut x_stage,
+                    &mut w_stage,
+                    slot,
+                    stage,
+                    index,
+                    gated,
+                );
+            }
             barriers.index(stage).commit_copy_async();
             barriers.index(stage).arrive();
         }
+        x_source.column += chunks;
+        w_source.column += chunks;
     }
 
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
@@ -300,65 +396,74 @@ fn product_kernel<E: Float>(
     let x_at = (plane_row + lane % 16) * pitch + lane / 16;
     let w_at = (plane_feature + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2;
     let mut sums = zero_products(comptime!(SIDE / 16 * (SIDE / 8)));
+    // While one set is multiplied, the other one is loaded.
+    let mut operands = Sequence::<Operands<E>>::new();
+    operands.push(new_operands::<E>());
+    operands.push(new_operands::<E>());
+    barriers.index(0usize).wait_parity(0);
+    load_operands::<E>(&x_stage, &w_stage, x_at, w_at, operands.index_mut(0usize), 0usize, 0usize);
 
-    for step in 0..steps {
-        let current = step % comptime!(STAGES as u32);
-        let phase = step / comptime!(STAGES as u32) % 2;
+    for round in 0..steps.div_ceil(comptime!(STAGES as u32)) {
         #[unroll]
         for stage in 0..STAGES {
-            if current == comptime!(stage as u32) {
-                barriers.index(stage).wait_parity(phase);
-            }
-        }
-        // Everybody is done with the step before this one, whose stage is filled next.
-        sync_cube();
-        let ahead = step + comptime!(STAGES as u32 - 1);
-        if ahead < steps {
-            let next = ahead % comptime!(STAGES as u32);
-            let (x_to, w_to) = (next * comptime!(stage_rows as u32), next * comptime!(stage_features as u32));
-            let column = ahead * chunks;
-            copy_tile::<E>(x, x, x_rows, column, &sizes, &mut x_stage, x_to, ROWS, false);
-            copy_tile::<E>(weight, values, w_rows, column, &sizes, &mut w_stage, w_to, FEATURES, gated);
-            #[unroll]
-            for stage in 0..STAGES {
-                if next == comptime!(stage as u32) {
-                    barriers.index(stage).commit_copy_async();
-                    barriers.index(stage).arrive();
-                }
-            }
-        }
-
-        let x_at = x_at + current * comptime!(stage_rows as u32);
-        let w_at = w_at + current * comptime!(stage_features as u32);
-        #[unroll]
-        for k in 0..comptime!(DEPTH / 16) {
-            let mut rows = Sequence::<Array<Pair<E>>>::new();
-            #[unroll]
-            for m in 0..comptime!(SIDE / 16) {
-                let at = (x_at + comptime!((m * 16 * PITCH + k * 2) as u32)) as usize;
-                rows.push(definition.load_matrix::<Wide<E>, Const<2>>(
-                    &x_stage.slice(at, at + 1),
-                    MatrixIdent::A,
-                    4usize,
-                    false,
-                ));
-            }
-            #[unroll]
-            for n in 0..comptime!(SIDE / 16) {
-                let at = (w_at + comptime!((n * 16 * PITCH + k * 2) as u32)) as usize;
-                let loaded = definition.load_matrix::<Wide<E>, Const<2>>(
-                    &w_stage.slice(at, at + 1),
-                    MatrixIdent::B,
-                    4usize,
-                    false,
-                );
-                let (left, right) = split(&loaded);
+            let step = round * comptime!(STAGES as u32) + comptime!(stage as u32);
+            if step < steps {
+                let fills = step + comptime!(STAGES as u32 - 1) < steps;
+                let filled = comptime!((stage + STAGES - 1) % STAGES);
                 #[unroll]
-                for m in 0..comptime!(SIDE / 16) {
-                    let at = comptime!(m * (SIDE / 8) + 2 * n);
-                    definition.execute_inplace(rows.index(m), &left, sums.index_mut(at));
-                    definition.execute_inplace(rows.index(m), &right, sums.index_mut(comptime!(at + 1)));
+                for k in 0..LOADS {
+                    if comptime!(k + 1 < LOADS) {
+                        let target = operands.index_mut(comptime!((k + 1) % 2));
+                        load_operands::<E>(&x_stage, &w_stage, x_at, w_at, target, stage, comptime!(k + 1));
+                    } else {
+                        let next = comptime!((stage + 1) % STAGES);
+                        if step + 1 < steps {
+                            let phase = round + comptime!(((stage + 1) / STAGES) as u32);
+                            barriers.index(next).wait_parity(phase % 2);
+                        }
+                        // Nobody reads this stage any longer: the next step fills it.
+                        sync_cube();
+                        let target = operands.index_mut(0usize);
+                        load_operands::<E>(&x_stage, &w_stage, x_at, w_at, target, next, 0usize);
+                    }
+                    if fills {
+                        #[unroll]
+                        for index in 0..comptime!((X_COPIES + W_COPIES) / LOADS) {
+                            start_copy::<E>(
+                                x,
+                                weight,
+                                values,
+                                &x_source,
+                                &w_source,
+                                sizes.first_value,
+                                &mut x_stage,
+                                &mut w_stage,
+                                slot,
+                                filled,
+                                comptime!(k * ((X_COPIES + W_COPIES) / LOADS) + index),
+                                gated,
+                            );
+                        }
+                        if comptime!(k + 1 == LOADS) {
+                            barriers.index(filled).commit_copy_async();
+                            barriers.index(filled).arrive();
+                        }
+                    }
+                    let held = operands.index(comptime!(k % 2));
+                    #[unroll]
+                    for n in 0..comptime!(SIDE / 8) {
+                        #[unroll]
+                        for m in 0..comptime!(SIDE / 16) {
+                            definition.execute_inplace(
+                                held.rows.index(m),
+                                held.features.index(n),
+                                sums.index_mut(comptime!(m * (SIDE / 8) + n)),
+                            );
+                        }
+                    }
                 }
+                x_source.column += chunks;
+                w_source.column += chunks;
             }
         }
     }
@@ -378,7 +483,8 @@ fn product_kernel<E: Float>(
                             let gate = sums.index(comptime!(m * (SIDE / 8) + n))[half];
                             let value = sums.index(comptime!(m * (SIDE / 8) + SIDE / 16 + n))[half];
                             let one = Pair::<f32>::new(1.0);
-                            let stored = gate / (one + (-gate).exp()) * value;
+                            let opposite = Pair::<f32>::new(0.0) - gate;
+                            let stored = gate / (one + opposite.exp()) * value;
                             y[row as usize * sizes.y_stride as usize + (feature / 2) as usize] =
                                 Pair::cast_from(stored);
                         }

@@ -14,7 +14,7 @@ pub fn run(args: SelftestArgs) -> Result<ExitCode, Error> {
     let seed = args.seed.unwrap_or(now);
     print(&format!("{} · {} · seed {seed}\n{}\n", device.backend, device.name, Row::HEAD))?;
     let mut printed = Ok(());
-    let passed = device.selftest(&args.golden, seed, |row| {
+    let passed = device.selftest(&args.golden, args.dtype.into(), seed, |row| {
         if printed.is_ok() {
             printed = print(&format!("{row}\n"));
         }
