@@ -20,7 +20,6 @@ use super::{
 use crate::{
     Error,
     mma_tile::{BARRIER_BYTES, MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, zero_products},
-    tensor::grid,
 };
 
 /// Rows of x from which [`product`] pays against one row at a time.
@@ -33,7 +32,10 @@ const FEATURES: usize = 128;
 /// Elements of a row of x that a stage holds.
 const DEPTH: usize = 64;
 /// Stages.
-const STAGES: usize = 3;
+const STAGES: usize = 4;
+/// Steps that a stage is filled ahead of its use: fewer than there are stages, so that planes that are behind
+/// may still read the stage before.
+const AHEAD: usize = 2;
 /// Planes along the features; four times as many in all.
 const FEATURE_PLANES: usize = 2;
 /// Rows and features of a plane.
@@ -46,8 +48,9 @@ const COPIED_ROWS: usize = UNITS * WIDE / DEPTH;
 /// Copies of a unit into a stage.
 const X_COPIES: usize = ROWS / COPIED_ROWS;
 const W_COPIES: usize = FEATURES / COPIED_ROWS;
-/// Times that operands are loaded out of a stage.
+/// Times that operands are loaded out of a stage; copies are started at all but the last.
 const LOADS: usize = DEPTH / 16;
+const COPIES_AT_ONCE: usize = (X_COPIES + W_COPIES) / (LOADS - 1);
 /// Tiles of rows that cubes side by side cover before they go on to the next features.
 const BAND: usize = 8;
 
@@ -147,11 +150,18 @@ fn launch<R: Runtime>(
         residual.map_or(0, |residual| residual.stride / 2) as u32,
         (y.stride / 2) as u32,
     );
+    let tiles = x.rows.div_ceil(ROWS) * y.width.div_ceil(features);
+    // One cube has a processor to itself, and goes from tile to tile.
+    let cubes = client
+        .properties()
+        .hardware
+        .num_streaming_multiprocessors
+        .map_or(tiles, |all| tiles.min(all as usize));
     // SAFETY: rows, features and vectors beyond the sizes are neither read nor written; sizes were checked.
     unsafe {
         product_kernel::launch_unchecked::<R>(
             client,
-            grid(x.rows.div_ceil(ROWS) * y.width.div_ceil(features)),
+            CubeCount::Static(cubes as u32, 1, 1),
             CubeDim::new_1d(UNITS as u32),
             address,
             x.arg(),
@@ -295,6 +305,15 @@ fn load_operands<E: Float>(
     }
 }
 
+/// One arrival for a plane, once all its units are here: barriers count arrivals one by one.
+#[cube]
+fn arrive_once(barrier: &Shared<Barrier>) {
+    sync_plane();
+    if lane() == 0 {
+        barrier.arrive();
+    }
+}
+
 /// Two elements, or zeros where there is no array.
 #[cube]
 fn pair<E: Float>(array: &ComptimeOption<Array<Pair<E>>>, at: usize) -> Pair<f32> {
@@ -320,69 +339,60 @@ fn product_kernel<E: Float>(
     let features = comptime!((if gated { FEATURES / 2 } else { FEATURES }) as u32);
     let row_tiles = sizes.rows.div_ceil(comptime!(ROWS as u32));
     let feature_tiles = sizes.outputs.div_ceil(features);
-    let item = CUBE_POS_X + CUBE_POS_Y * CUBE_COUNT_X;
-    if item >= row_tiles * feature_tiles {
+    let tiles = row_tiles * feature_tiles;
+    let mut tile = CUBE_POS_X;
+    if tile >= tiles {
         terminate!();
     }
-    let band = comptime!(BAND as u32);
-    let first_tile = item / (band * feature_tiles) * band;
-    let height = min(row_tiles - first_tile, band);
-    let within = item % (band * feature_tiles);
-    let first_row = (first_tile + within % height) * comptime!(ROWS as u32);
-    let first_feature = within / height * features;
 
     let stage_rows = comptime!(ROWS * PITCH);
     let stage_features = comptime!(FEATURES * PITCH);
     let mut x_stage = SharedMemory::<Wide<E>>::new_aligned(comptime!(STAGES * stage_rows), 16usize);
     let mut w_stage = SharedMemory::<Wide<E>>::new_aligned(comptime!(STAGES * stage_features), 16usize);
-    let mut barriers = Sequence::<Shared<Barrier>>::new();
+    // A stage is full when all copies are there, and free when all planes have read it.
+    let mut full = Sequence::<Shared<Barrier>>::new();
+    let mut free = Sequence::<Shared<Barrier>>::new();
     #[unroll]
     for _ in 0..STAGES {
-        barriers.push(Barrier::shared(comptime!(UNITS as u32), UNIT_POS == 0));
+        full.push(Barrier::shared(comptime!((UNITS / PLANE) as u32), UNIT_POS == 0));
+        free.push(Barrier::shared(comptime!((UNITS / PLANE) as u32), UNIT_POS == 0));
     }
     sync_cube();
 
     let chunks = comptime!((DEPTH / WIDE) as u32);
     let copied_row = UNIT_POS / chunks;
     let slot = copied_row * comptime!(PITCH as u32) + UNIT_POS % chunks;
-    let mut x_source = Source {
-        row: first_row + copied_row,
-        last_row: sizes.rows - 1,
-        column: UNIT_POS % chunks,
-        stride: sizes.x_stride,
-        inputs: sizes.inputs,
-    };
-    let mut w_source = Source {
-        row: first_feature + copied_row,
-        last_row: sizes.outputs - 1,
-        column: UNIT_POS % chunks,
-        stride: sizes.weight_stride,
-        inputs: sizes.inputs,
-    };
-    let steps = sizes.inputs.div_ceil(chunks);
+    let column = UNIT_POS % chunks;
+    let inputs = sizes.inputs;
+    let (row, feature) = tile_corner(tile, row_tiles, feature_tiles, features);
+    let (x_stride, w_stride) = (sizes.x_stride, sizes.weight_stride);
+    let mut x_source =
+        Source { row: row + copied_row, last_row: sizes.rows - 1, column, stride: x_stride, inputs };
+    let mut w_source =
+        Source { row: feature + copied_row, last_row: sizes.outputs - 1, column, stride: w_stride, inputs };
+    // Steps come in whole rounds of stages; those beyond the inputs add zeros.
+    let rounds = inputs.div_ceil(comptime!((STAGES * DEPTH / WIDE) as u32));
     #[unroll]
-    for stage in 0..comptime!(STAGES - 1) {
-        if comptime!(stage as u32) < steps {
-            #[unroll]
-            for index in 0..comptime!(X_COPIES + W_COPIES) {
-                start_copy::<E>(
-                    x,
-                    weight,
-                    values,
-                    &x_source,
-                    &w_source,
-                    sizes.first_value,
-                    &mut x_stage,
-                    &mut w_stage,
-                    slot,
-                    stage,
-                    index,
-                    gated,
-                );
-            }
-            barriers.index(stage).commit_copy_async();
-            barriers.index(stage).arrive();
+    for stage in 0..AHEAD {
+        #[unroll]
+        for index in 0..comptime!(X_COPIES + W_COPIES) {
+            start_copy::<E>(
+                x,
+                weight,
+                values,
+                &x_source,
+                &w_source,
+                sizes.first_value,
+                &mut x_stage,
+                &mut w_stage,
+                slot,
+                stage,
+                index,
+                gated,
+            );
         }
+        full.index(stage).commit_copy_async();
+        arrive_once(full.index(stage));
         x_source.column += chunks;
         w_source.column += chunks;
     }
@@ -400,53 +410,78 @@ fn product_kernel<E: Float>(
     let mut operands = Sequence::<Operands<E>>::new();
     operands.push(new_operands::<E>());
     operands.push(new_operands::<E>());
-    barriers.index(0usize).wait_parity(0);
+    full.index(0usize).wait_parity(0);
     load_operands::<E>(&x_stage, &w_stage, x_at, w_at, operands.index_mut(0usize), 0usize, 0usize);
 
-    for round in 0..steps.div_ceil(comptime!(STAGES as u32)) {
+    // Of all tiles so far: the barriers' phases go on from tile to tile.
+    let mut round = 0u32.runtime();
+    while tile < tiles {
         #[unroll]
-        for stage in 0..STAGES {
-            let step = round * comptime!(STAGES as u32) + comptime!(stage as u32);
-            if step < steps {
-                let fills = step + comptime!(STAGES as u32 - 1) < steps;
-                let filled = comptime!((stage + STAGES - 1) % STAGES);
+        for i in 0..comptime!(SIDE / 16 * (SIDE / 8)) {
+            let product = sums.index_mut(i);
+            product[0] = Pair::new(0.0);
+            product[1] = Pair::new(0.0);
+        }
+        let next_tile = tile + CUBE_COUNT_X;
+        let end = round + rounds;
+        while round < end {
+            // Stages are filled ahead, at last with the beginning of the next tile.
+            let goes_on = round + 1 < end || next_tile < tiles;
+            #[unroll]
+            for stage in 0..STAGES {
+                let filled = comptime!((stage + AHEAD) % STAGES);
+                let fills = comptime!(stage + AHEAD < STAGES) || goes_on;
+                if comptime!(filled == 0) {
+                    if round + 1 == end {
+                        let (row, feature) = tile_corner(next_tile, row_tiles, feature_tiles, features);
+                        x_source.row = row + copied_row;
+                        w_source.row = feature + copied_row;
+                        x_source.column = column;
+                        w_source.column = column;
+                    }
+                }
                 #[unroll]
                 for k in 0..LOADS {
                     if comptime!(k + 1 < LOADS) {
                         let target = operands.index_mut(comptime!((k + 1) % 2));
                         load_operands::<E>(&x_stage, &w_stage, x_at, w_at, target, stage, comptime!(k + 1));
                     } else {
+                        arrive_once(free.index(stage));
                         let next = comptime!((stage + 1) % STAGES);
-                        if step + 1 < steps {
-                            let phase = round + comptime!(((stage + 1) / STAGES) as u32);
-                            barriers.index(next).wait_parity(phase % 2);
+                        if comptime!(next > 0) || goes_on {
+                            full.index(next).wait_parity((round + comptime!((next == 0) as u32)) % 2);
                         }
-                        // Nobody reads this stage any longer: the next step fills it.
-                        sync_cube();
                         let target = operands.index_mut(0usize);
                         load_operands::<E>(&x_stage, &w_stage, x_at, w_at, target, next, 0usize);
                     }
                     if fills {
-                        #[unroll]
-                        for index in 0..comptime!((X_COPIES + W_COPIES) / LOADS) {
-                            start_copy::<E>(
-                                x,
-                                weight,
-                                values,
-                                &x_source,
-                                &w_source,
-                                sizes.first_value,
-                                &mut x_stage,
-                                &mut w_stage,
-                                slot,
-                                filled,
-                                comptime!(k * ((X_COPIES + W_COPIES) / LOADS) + index),
-                                gated,
-                            );
+                        if comptime!(k == 0) {
+                            let used = round + comptime!((filled < stage) as u32);
+                            if used > 0 {
+                                free.index(filled).wait_parity((used + 1) % 2);
+                            }
                         }
-                        if comptime!(k + 1 == LOADS) {
-                            barriers.index(filled).commit_copy_async();
-                            barriers.index(filled).arrive();
+                        if comptime!(k + 1 < LOADS) {
+                            #[unroll]
+                            for index in 0..COPIES_AT_ONCE {
+                                start_copy::<E>(
+                                    x,
+                                    weight,
+                                    values,
+                                    &x_source,
+                                    &w_source,
+                                    sizes.first_value,
+                                    &mut x_stage,
+                                    &mut w_stage,
+                                    slot,
+                                    filled,
+                                    comptime!(k * COPIES_AT_ONCE + index),
+                                    gated,
+                                );
+                            }
+                        } else {
+                            full.index(filled).commit_copy_async();
+                            arrive_once(full.index(filled));
                         }
                     }
                     let held = operands.index(comptime!(k % 2));
@@ -465,14 +500,46 @@ fn product_kernel<E: Float>(
                 x_source.column += chunks;
                 w_source.column += chunks;
             }
+            round += 1;
         }
-    }
 
+        let (first_row, first_feature) = tile_corner(tile, row_tiles, feature_tiles, features);
+        let first_row = first_row + plane_row + lane / 4;
+        store_tile::<E>(&sums, bias, residual, y, &sizes, first_row, first_feature, plane_feature, gated);
+        tile = next_tile;
+    }
+}
+
+/// First row and feature of a tile.
+#[cube]
+fn tile_corner(tile: u32, row_tiles: u32, feature_tiles: u32, #[comptime] features: u32) -> (u32, u32) {
+    let band = comptime!(BAND as u32);
+    let first_tile = tile / (band * feature_tiles) * band;
+    // Beyond the last tile, any number but zero does.
+    let height = max(min(row_tiles - min(first_tile, row_tiles), band), 1);
+    let within = tile % (band * feature_tiles);
+    ((first_tile + within % height) * comptime!(ROWS as u32), within / height * features)
+}
+
+/// Stores what a plane has summed up.
+#[cube]
+fn store_tile<E: Float>(
+    sums: &Sequence<Array<Pair<f32>>>,
+    bias: &ComptimeOption<Array<Pair<E>>>,
+    residual: &ComptimeOption<Array<Pair<E>>>,
+    y: &mut Array<Pair<E>>,
+    sizes: &ProductSizes,
+    first_row: u32,
+    first_feature: u32,
+    plane_feature: u32,
+    #[comptime] gated: bool,
+) {
+    let lane = lane();
     #[unroll]
     for m in 0..comptime!(SIDE / 16) {
         #[unroll]
         for half in 0..2usize {
-            let row = first_row + plane_row + lane / 4 + comptime!((m * 16 + half * 8) as u32);
+            let row = first_row + comptime!((m * 16 + half * 8) as u32);
             if row < sizes.rows {
                 if comptime!(gated) {
                     #[unroll]
