@@ -98,27 +98,35 @@ impl Device {
             Kind::Cuda => bench::<burn_cubecl::CubeBackend<cubecl::cuda::CudaRuntime, f32, i32, u8>>(
                 Default::default(),
                 self.dtype,
+                Some(crate::largest_buffer::<cubecl::cuda::CudaRuntime>(&Default::default())),
             ),
             #[cfg(feature = "wgpu")]
             Kind::Wgpu(device) => {
                 bench::<burn_cubecl::CubeBackend<cubecl::wgpu::WgpuRuntime, f32, i32, u32>>(
                     device.clone(),
                     self.dtype,
+                    Some(crate::largest_buffer::<cubecl::wgpu::WgpuRuntime>(device)),
                 )
             }
             #[cfg(feature = "flex")]
-            Kind::Cpu => bench::<burn::backend::Flex>(Default::default(), self.dtype),
+            Kind::Cpu => bench::<burn::backend::Flex>(Default::default(), self.dtype, None),
         }
     }
 }
 
-fn bench<B: StagedBackend>(device: B::Device, dtype: DType) -> Box<dyn AttentionBench> {
-    Box::new(Bench::<B> { device, dtype, sets: Vec::new(), ground: None })
+fn bench<B: StagedBackend>(
+    device: B::Device,
+    dtype: DType,
+    largest_buffer: Option<u64>,
+) -> Box<dyn AttentionBench> {
+    Box::new(Bench::<B> { device, dtype, largest_buffer, sets: Vec::new(), ground: None })
 }
 
 struct Bench<B: StagedBackend> {
     device: B::Device,
     dtype: DType,
+    /// In bytes.
+    largest_buffer: Option<u64>,
     sets: Vec<[Tensor<B, 4>; 3]>,
     /// Of the last structure.
     ground: Option<Ground<B>>,
@@ -174,6 +182,10 @@ impl<B: StagedBackend> AttentionBench for Bench<B> {
     }
 
     fn add_structured(&mut self, structure: &Structure, noise: &Noise) -> Result<InputSet, Error> {
+        let bytes = (structure.heads * structure.length * structure.head_dim * self.dtype.size()) as u64;
+        if let Some(largest) = self.largest_buffer.filter(|largest| bytes > *largest) {
+            return Err(Error::TooLarge { length: structure.length, bytes, largest });
+        }
         let tensors = structure.tensors(self.ground(structure, noise));
         self.hold(tensors)
     }

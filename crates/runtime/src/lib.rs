@@ -76,8 +76,20 @@ pub enum Error {
     #[cfg(any(feature = "cuda", feature = "wgpu"))]
     #[error("--backend cpu: found no kernels to test, expected cuda, vulkan or wgpu")]
     NoKernels,
+    /// A tensor that no buffer of the device holds.
+    #[error(
+        "length {length}: q takes {bytes} bytes, expected at most {largest}, this device's largest buffer"
+    )]
+    TooLarge {
+        /// Its positions.
+        length: usize,
+        /// Its bytes.
+        bytes: u64,
+        /// Bytes of the largest buffer.
+        largest: u64,
+    },
     /// A device that fails.
-    #[error("device: {0}")]
+    #[error("device: {}", one_line(.0))]
     Failed(String),
     /// A checkpoint that cannot be loaded.
     #[error(transparent)]
@@ -221,6 +233,25 @@ fn load<B: LayerBackend>(
     Ok(Box::new(limits.init(model, config, device)))
 }
 
+/// Reports of runtimes run over many lines and repeat themselves, once for each tensor at hand.
+fn one_line(report: &str) -> String {
+    let report = report.replace("No backtrace available", "");
+    let mut parts: Vec<&str> = Vec::new();
+    for line in report.lines() {
+        let part = line.trim().trim_matches(|letter: char| "[](), :".contains(letter));
+        if !part.is_empty() && part != "Caused by" && !parts.contains(&part) {
+            parts.push(part);
+        }
+    }
+    parts.join(": ")
+}
+
+/// Bytes of the largest buffer of a device.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn largest_buffer<R: cubecl::Runtime>(device: &R::Device) -> u64 {
+    R::client(device).properties().memory.max_page_size
+}
+
 /// Bytes that the allocator of a device holds.
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 fn reserved<R: cubecl::Runtime>(device: &R::Device) -> Option<u64> {
@@ -349,5 +380,18 @@ pub fn dtype_name(dtype: DType) -> &'static str {
         DType::F16 => "f16",
         DType::BF16 => "bf16",
         _ => "f32",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_told_in_one_line() {
+        let report = "An error happened\nCaused by:\n  [Io(no page 0\nNo backtrace available), Io(no page 0\nNo \
+                      backtrace available)]";
+        let error = Error::Failed(report.to_string());
+        assert_eq!(error.to_string(), "device: An error happened: Io(no page 0");
     }
 }

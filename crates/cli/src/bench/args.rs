@@ -110,6 +110,9 @@ pub struct CommonArgs {
     /// Kinds of SampleAttention beside dense attention, with options such as default:window_ratio=0.03
     #[arg(long, value_name = "PRESET", value_delimiter = ',', default_value = "default")]
     pub preset: Vec<PresetSpec>,
+    /// Leave dense attention out, which takes long over the longest texts
+    #[arg(long)]
+    pub no_dense: bool,
     /// Time torch beside (and transformers, for a model) where Python has them
     #[arg(long)]
     pub peers: bool,

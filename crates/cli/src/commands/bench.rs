@@ -47,9 +47,7 @@ fn op(args: &OpBenchArgs) -> Result<ExitCode, Error> {
             OpSource::Structured { densities, .. } => densities.len(),
             OpSource::Captured { .. } => 1,
         };
-        let sparse = (0..sets).flat_map(|set| sparse(common, set));
-        let variants: Vec<Variant> =
-            [Variant::dense()].into_iter().chain(sparse).chain([Variant::decode()]).collect();
+        let variants: Vec<Variant> = kinds(common, sets)?.into_iter().chain([Variant::decode()]).collect();
         // One backend after the other on the same inputs, then the peers.
         let name = format!("{length} {heads} {kv_heads} {head_dim}");
         for &dtype in &common.dtype {
@@ -139,15 +137,24 @@ fn check(heads: usize, kv_heads: usize, head_dim: usize, diffuse: Option<usize>)
     }
 }
 
-/// The presets that are measured beside dense attention.
-fn sparse(common: &CommonArgs, set: usize) -> impl Iterator<Item = Variant> {
-    let variant = move |preset: &crate::bench::job::PresetSpec| Variant {
-        name: preset.name.clone(),
-        options: preset.options,
-        set,
-        decode: false,
-    };
-    common.preset.iter().map(variant).filter(|variant| !variant.is_dense())
+/// Dense attention, unless it is left out, and the presets on each set of inputs.
+fn kinds(common: &CommonArgs, sets: usize) -> Result<Vec<Variant>, Error> {
+    let dense = (!common.no_dense).then(Variant::dense);
+    let sparse = (0..sets).flat_map(|set| {
+        let variant = move |preset: &crate::bench::job::PresetSpec| Variant {
+            name: preset.name.clone(),
+            options: preset.options,
+            set,
+            decode: false,
+        };
+        common.preset.iter().map(variant).filter(|variant| !variant.is_dense())
+    });
+    let kinds: Vec<Variant> = dense.into_iter().chain(sparse).collect();
+    if kinds.is_empty() {
+        let (found, expected) = ("dense alone".to_string(), "another preset beside --no-dense".to_string());
+        return Err(Error::Argument { flag: "--preset", found, expected });
+    }
+    Ok(kinds)
 }
 
 fn model(args: &ModelBenchArgs) -> Result<ExitCode, Error> {
@@ -174,7 +181,7 @@ fn model(args: &ModelBenchArgs) -> Result<ExitCode, Error> {
         let (found, expected) = (format!("heads of {head_dim}"), "heads of a multiple of 16".to_string());
         return Err(Error::Argument { flag: "--density", found, expected });
     }
-    let variants: Vec<Variant> = [Variant::dense()].into_iter().chain(sparse(common, 0)).collect();
+    let variants = kinds(common, 1)?;
     let mut run = Run::new(common, args.length.len() * common.dtype.len() * common.backend.len())?;
     for &length in &args.length {
         for &dtype in &common.dtype {

@@ -118,7 +118,7 @@ fn a_row_that_fails_does_not_end_the_run() {
 fn bad_arguments_of_measurements_get_one_line() {
     let model = tiny("internlm2-tiny");
     let golden = format!("{model}/golden.safetensors");
-    let cases: [(&[&str], &str); 9] = [
+    let cases: [(&[&str], &str); 10] = [
         (
             &["bench", "op", "--heads", "4", "--kv-heads", "3"],
             "--kv-heads: found 3, expected a divisor of the 4",
@@ -127,6 +127,10 @@ fn bad_arguments_of_measurements_get_one_line() {
         (&["bench", "op", "--preset", "sparse"], "found `sparse`, expected dense, default"),
         (&["bench", "op", "--preset", "joint:window=1"], "unknown field `window`"),
         (&["bench", "op", "--preset", "joint:alpha=2"], "option `alpha` is 2"),
+        (
+            &["bench", "op", "--preset", "dense", "--no-dense"],
+            "--preset: found dense alone, expected another preset beside --no-dense",
+        ),
         (&["bench", "op", "--density", "1.5"], "expected a number between 0 and 1"),
         (&["bench", "op", "--captured", &golden], "tensor `q`: found none"),
         (&["bench", "model", &model, "--density", "0.2"], "--density: found heads of 8, expected heads of a"),
