@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use burn::tensor::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use long_context::cache::AttentionConfig;
-use long_context_runtime::BackendChoice;
+use long_context_runtime::{BackendChoice, Device};
 use sample_attention::{Preset, SampleAttentionOptions};
 use serde::{Deserialize, Serialize};
 
@@ -242,7 +242,8 @@ pub struct ModelArgs {
     /// Attention of some layers, such as 0-2=dense or 7=paper (repeatable)
     #[arg(long, value_name = "LAYERS=PRESET", value_parser = layers)]
     pub layer_attention: Vec<(RangeInclusive<usize>, Preset)>,
-    /// Contexts up to this length are attended densely, whatever the preset [default: 1024]
+    /// Contexts up to this length are attended densely, whatever the preset [default: where SampleAttention
+    /// begins to pay: 4608 on CUDA, 3072 on Vulkan and WebGPU, 1024 on the CPU]
     #[arg(long, value_name = "TOKENS")]
     pub dense_below: Option<usize>,
     /// Show what the plans of SampleAttention kept, layer by layer
@@ -263,16 +264,12 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// The attention that the flags describe.
-    pub fn attention_config(&self) -> AttentionConfig {
-        let options = |preset: Preset| {
-            let options = preset.options();
-            match self.dense_below {
-                Some(dense_below) if preset != Preset::Dense => {
-                    SampleAttentionOptions { dense_below, ..options }
-                }
-                _ => options,
-            }
+    /// The attention that the flags describe, on a device.
+    pub fn attention_config(&self, device: &Device) -> AttentionConfig {
+        let dense_below = self.dense_below.unwrap_or(device.dense_below());
+        let options = |preset: Preset| match preset {
+            Preset::Dense => preset.options(),
+            _ => SampleAttentionOptions { dense_below, ..preset.options() },
         };
         let named = self.layer_attention.iter().flat_map(|(layers, preset)| {
             let options = options(*preset);

@@ -75,7 +75,7 @@ impl Session {
             capacity,
             chunk: args.chunk,
             dtype: device.dtype,
-            attention: args.attention_config(),
+            attention: args.attention_config(&device),
         };
         let begin = Instant::now();
         let bar = load_bar(args.quiet, checkpoint.bytes());

@@ -138,6 +138,19 @@ enum Kind {
 }
 
 impl Device {
+    /// Up to this context length dense attention is no slower than SampleAttention, as measured with the
+    /// preset `default` (docs/performance.md).
+    pub fn dense_below(&self) -> usize {
+        match &self.kind {
+            #[cfg(feature = "cuda")]
+            Kind::Cuda => 4608,
+            #[cfg(feature = "wgpu")]
+            Kind::Wgpu(_) => 3072,
+            #[cfg(feature = "flex")]
+            Kind::Cpu => 1024,
+        }
+    }
+
     /// Finds the device for a choice; without a type, the one that suits the device.
     ///
     /// # Errors
