@@ -259,18 +259,24 @@ fn time_product<R: Runtime>(
              differs by {difference:e} of {largest}",
             seconds * 1e6
         );
+        match difference <= largest / 100.0 {
+            true => Ok(()),
+            false => {
+                Err(format!("{what} of {name}: differs by {difference:e}, expected at most 1% of {largest}"))
+            }
+        }
     };
     let (y, y_few) = (empty(client, [rows, outputs], dtype), empty(client, [last, outputs], dtype));
     let call = |x, y| Linear { x, weight: &weight, bias: None, residual: None, y };
     let seconds = time(client, 5, |_| product(client, &call(&x, &y)).map_err(text))?;
     linear(client, &call(&few, &y_few)).map_err(text)?;
-    report("product", outputs, seconds, &y, &y_few);
+    report("product", outputs, seconds, &y, &y_few)?;
     if name == "up" {
         let width = outputs / 2;
         let (y, y_few) = (empty(client, [rows, width], dtype), empty(client, [last, width], dtype));
         let seconds = time(client, 5, |_| gated_product(client, &x, &weight, None, &y).map_err(text))?;
         gated_linear(client, &few, &weight, None, &y_few).map_err(text)?;
-        report("gated product", width, seconds, &y, &y_few);
+        report("gated product", width, seconds, &y, &y_few)?;
     }
     Ok(())
 }

@@ -88,10 +88,31 @@ impl fmt::Debug for Observer {
 /// weights do not have. Values are the layer's own.
 #[derive(Debug, Clone)]
 pub struct StandIn<B: Backend> {
-    /// Of all positions, `[1, heads, positions, head_dim]`.
-    pub q: Tensor<B, 4>,
+    /// Of all positions, in pieces of one length but for the last, `[1, heads, piece, head_dim]`: of a million
+    /// positions, one tensor would have more elements than 32 bits count.
+    pub q: Vec<Tensor<B, 4>>,
     /// Of all positions, `[1, kv_heads, positions, head_dim]`.
     pub k: Tensor<B, 4>,
+}
+
+impl<B: Backend> StandIn<B> {
+    /// The queries of `length` positions.
+    fn queries(&self, start: usize, length: usize) -> Tensor<B, 4> {
+        let mut first = 0;
+        let mut parts = Vec::new();
+        for piece in &self.q {
+            let next = first + piece.dims()[2];
+            let (from, to) = (start.max(first), (start + length).min(next));
+            if from < to {
+                parts.push(piece.clone().narrow(2, from - first, to - from));
+            }
+            first = next;
+        }
+        match parts.len() {
+            1 => parts.remove(0),
+            _ => Tensor::cat(parts, 2),
+        }
+    }
 }
 
 /// Dimensions of a [`KvCache`].
@@ -294,9 +315,7 @@ impl<B: LayerBackend> LayerCache<B> {
             }
         };
         let (q, keys) = match &self.stand_in {
-            Some(StandIn { q, k }) => {
-                (q.clone().narrow(2, start, length), k.clone().narrow(2, 0, start + length))
-            }
+            Some(inputs) => (inputs.queries(start, length), inputs.k.clone().narrow(2, 0, start + length)),
             None => (q, keys),
         };
         let inputs = self.observer.as_ref().map(|_| [q.clone(), keys.clone(), values.clone()]);

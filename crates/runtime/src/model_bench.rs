@@ -114,8 +114,11 @@ impl<B: LayerBackend> ModelBench for Bench<B> {
         self.generator.stand_in(None);
         let stand_in = inputs.map(|(structure, noise)| {
             let ground = Ground::new(structure, noise, self.limits.dtype, &self.device);
-            let [q, k, _] = structure.tensors(&ground);
-            StandIn { q, k }
+            let overlay = structure.overlay();
+            let starts = (0..structure.length).step_by(self.limits.chunk);
+            let pieces = starts.map(|start| start..structure.length.min(start + self.limits.chunk));
+            let q = pieces.map(|positions| structure.queries(&ground, &overlay, positions)).collect();
+            StandIn { q, k: structure.keys(&ground, &overlay) }
         });
         self.generator.stand_in(stand_in);
         B::sync(&self.device).map_err(|error| Error::Failed(error.to_string()))

@@ -6,6 +6,7 @@
 //! share of keys that stand out, sets the density.
 
 use std::f64::consts::TAU;
+use std::ops::Range;
 use std::thread;
 
 use burn::tensor::{DType, Tensor, TensorData};
@@ -199,31 +200,64 @@ impl Structure {
     ///
     /// - output: `[1, heads, length, head_dim]`, then twice `[1, kv_heads, length, head_dim]`
     pub(crate) fn tensors<B: AttentionBackend>(&self, ground: &Ground<B>) -> [Tensor<B, 4>; 3] {
-        let Self { length, heads, kv_heads, head_dim, .. } = *self;
-        let (width, overlay) = (self.channel_width(), self.overlay());
-        let (channels, locals) = (CHANNELS * width, head_dim / 4);
-        let spread = |channel: Tensor<B, 4>| {
-            let [_, heads, rows, _] = channel.dims();
-            let wide = channel.unsqueeze_dim::<5>(4).expand([1, heads, rows, CHANNELS, width]);
-            wide.reshape([1, heads, rows, channels])
-        };
-        let over = |noise: &Tensor<B, 4>, heads: usize, channel: Tensor<B, 4>, local: Tensor<B, 4>| {
-            let part = |first, width| noise.clone().narrow(3, first, width);
-            let (looking, near) = (part(0, channels) + channel, part(channels, locals) + local);
-            let rest = part(channels + locals, head_dim - channels - locals);
-            let parts = [looking, near, rest].map(|part| {
-                let width = part.dims()[3];
-                part.expand([1, heads, length, width])
-            });
-            Tensor::cat(parts.into(), 3)
-        };
-        let look = spread(ground.upload(overlay.look, [1, heads, 1, CHANNELS]));
-        let near = ground.upload(overlay.near, [1, heads, 1, 1]);
-        let q = over(&ground.q, heads, look, ground.local.clone() * near);
-        let pull = spread(ground.upload(overlay.pull, [1, kv_heads, length, CHANNELS]));
-        let k = over(&ground.k, kv_heads, pull, ground.local.clone());
+        let overlay = self.overlay();
+        let (q, k) = (self.queries(ground, &overlay, 0..self.length), self.keys(ground, &overlay));
         // A copy of its own for each head, as in a model.
-        [q, k, ground.v.clone().repeat_dim(1, kv_heads)]
+        [q, k, ground.v.clone().repeat_dim(1, self.kv_heads)]
+    }
+
+    /// Puts the queries of some positions together.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[1, heads, positions, head_dim]`
+    pub(crate) fn queries<B: AttentionBackend>(
+        &self,
+        ground: &Ground<B>,
+        overlay: &Overlay,
+        positions: Range<usize>,
+    ) -> Tensor<B, 4> {
+        let at = |tensor: &Tensor<B, 4>| tensor.clone().narrow(2, positions.start, positions.len());
+        let look = self.spread(ground.upload(overlay.look.clone(), [1, self.heads, 1, CHANNELS]));
+        let near = ground.upload(overlay.near.clone(), [1, self.heads, 1, 1]);
+        self.over(at(&ground.q), self.heads, look, at(&ground.local) * near)
+    }
+
+    /// Puts all keys together.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[1, kv_heads, length, head_dim]`
+    pub(crate) fn keys<B: AttentionBackend>(&self, ground: &Ground<B>, overlay: &Overlay) -> Tensor<B, 4> {
+        let shape = [1, self.kv_heads, self.length, CHANNELS];
+        let pull = self.spread(ground.upload(overlay.pull.clone(), shape));
+        self.over(ground.k.clone(), self.kv_heads, pull, ground.local.clone())
+    }
+
+    /// One number a channel, over all its dimensions.
+    fn spread<B: AttentionBackend>(&self, channel: Tensor<B, 4>) -> Tensor<B, 4> {
+        let ([_, heads, rows, _], width) = (channel.dims(), self.channel_width());
+        let wide = channel.unsqueeze_dim::<5>(4).expand([1, heads, rows, CHANNELS, width]);
+        wide.reshape([1, heads, rows, CHANNELS * width])
+    }
+
+    /// Noise with channels and neighbours over it.
+    fn over<B: AttentionBackend>(
+        &self,
+        noise: Tensor<B, 4>,
+        heads: usize,
+        channel: Tensor<B, 4>,
+        local: Tensor<B, 4>,
+    ) -> Tensor<B, 4> {
+        let (channels, locals, rows) = (CHANNELS * self.channel_width(), self.head_dim / 4, noise.dims()[2]);
+        let part = |first, width| noise.clone().narrow(3, first, width);
+        let (looking, near) = (part(0, channels) + channel, part(channels, locals) + local);
+        let rest = part(channels + locals, self.head_dim - channels - locals);
+        let parts = [looking, near, rest].map(|part| {
+            let width = part.dims()[3];
+            part.expand([1, heads, rows, width])
+        });
+        Tensor::cat(parts.into(), 3)
     }
 
     /// The share at which a plan of `options` keeps `target` of the causal pairs, and the density there.
