@@ -56,7 +56,7 @@ const LEFT: usize = 70;
 const TOP: usize = 40;
 /// Room for columns; with few, cells are no wider than this allows.
 const WIDTH: usize = 900;
-const WIDEST_CELL: usize = 40;
+const WIDEST_CELL: usize = 48;
 
 impl HeatMap<'_> {
     /// The map as a plot.
