@@ -357,7 +357,7 @@ pub(crate) fn mma_values<E: Float>(
 
 /// The right operands of two neighbouring products, out of one load of four matrices.
 #[cube]
-pub(crate) fn split<E: Float>(loaded: &Array<Pair<E>>) -> (Array<Pair<E>>, Array<Pair<E>>) {
+fn split<E: Float>(loaded: &Array<Pair<E>>) -> (Array<Pair<E>>, Array<Pair<E>>) {
     let mut first = Array::<Pair<E>>::new(2usize);
     let mut second = Array::<Pair<E>>::new(2usize);
     first[0] = loaded[0];

@@ -118,7 +118,7 @@ impl<B: LayerBackend> ModelBench for Bench<B> {
             let starts = (0..structure.length).step_by(self.limits.chunk);
             let pieces = starts.map(|start| start..structure.length.min(start + self.limits.chunk));
             let q = pieces.map(|positions| structure.queries(&ground, &overlay, positions)).collect();
-            StandIn { q, k: structure.keys(&ground, &overlay) }
+            StandIn { q, k: structure.keys(&ground, overlay) }
         });
         self.generator.stand_in(stand_in);
         B::sync(&self.device).map_err(|error| Error::Failed(error.to_string()))

@@ -201,7 +201,8 @@ impl Structure {
     /// - output: `[1, heads, length, head_dim]`, then twice `[1, kv_heads, length, head_dim]`
     pub(crate) fn tensors<B: AttentionBackend>(&self, ground: &Ground<B>) -> [Tensor<B, 4>; 3] {
         let overlay = self.overlay();
-        let (q, k) = (self.queries(ground, &overlay, 0..self.length), self.keys(ground, &overlay));
+        let q = self.queries(ground, &overlay, 0..self.length);
+        let k = self.keys(ground, overlay);
         // A copy of its own for each head, as in a model.
         [q, k, ground.v.clone().repeat_dim(1, self.kv_heads)]
     }
@@ -228,9 +229,9 @@ impl Structure {
     /// # Shapes
     ///
     /// - output: `[1, kv_heads, length, head_dim]`
-    pub(crate) fn keys<B: AttentionBackend>(&self, ground: &Ground<B>, overlay: &Overlay) -> Tensor<B, 4> {
+    pub(crate) fn keys<B: AttentionBackend>(&self, ground: &Ground<B>, overlay: Overlay) -> Tensor<B, 4> {
         let shape = [1, self.kv_heads, self.length, CHANNELS];
-        let pull = self.spread(ground.upload(overlay.pull.clone(), shape));
+        let pull = self.spread(ground.upload(overlay.pull, shape));
         self.over(ground.k.clone(), self.kv_heads, pull, ground.local.clone())
     }
 

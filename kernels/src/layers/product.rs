@@ -22,7 +22,7 @@ use crate::{
     mma_tile::{BARRIER_BYTES, MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, zero_products},
 };
 
-/// Rows of x from which [`product`] pays against one row at a time.
+/// Rows of x from which layers take [`product`]: a quarter of what a cube computes at once.
 pub const MIN_PRODUCT_ROWS: usize = 64;
 
 /// Rows of y that a cube computes.
@@ -75,20 +75,17 @@ pub fn multiplies<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> 
     MmaTile::is_supported(properties, dtype) && properties.hardware.max_shared_memory_size >= bytes
 }
 
-fn check_support<R: Runtime>(
-    client: &ComputeClient<R>,
-    views: &[&RowsView],
-    outputs: usize,
-) -> Result<(), Error> {
-    let dtype = views[0].dtype;
+/// What a call reads and writes, by name and by the elements of a vector.
+type Accesses<'a> = &'a [(&'static str, &'a RowsView, usize)];
+
+fn check_support<R: Runtime>(client: &ComputeClient<R>, accesses: Accesses<'_>) -> Result<(), Error> {
+    let dtype = accesses[0].1.dtype;
     if !multiplies(client, dtype) {
         return Err(Error::Unsupported(format!("matrix products of {dtype} by mma.sync")));
     }
-    if let Some(view) = views.iter().find(|view| !view.fits_width(WIDE)) {
-        return Err(Error::tensor("x or weight", "width and stride", view.stride, "multiples of 8"));
-    }
-    if !outputs.is_multiple_of(2) {
-        return Err(Error::tensor("y", "width", outputs, "a multiple of 2"));
+    if let Some((name, view, width)) = accesses.iter().find(|(_, view, width)| !view.fits_width(*width)) {
+        let found = format!("{} and {}", view.width, view.stride);
+        return Err(Error::tensor(name, "width and stride", found, format!("multiples of {width}, aligned")));
     }
     Ok(())
 }
@@ -101,11 +98,10 @@ fn check_support<R: Runtime>(
 pub fn product<R: Runtime>(client: &ComputeClient<R>, call: &Linear<'_>) -> Result<(), Error> {
     let Linear { x, weight, bias, residual, y } = *call;
     check_linear(call)?;
-    check_support(client, &[x, weight], y.width)?;
-    let pairs = [Some(y), residual, bias].into_iter().flatten().all(|view| view.fits_width(2));
-    if !pairs {
-        return Err(Error::tensor("y, residual or bias", "width and stride", y.stride, "multiples of 2"));
-    }
+    let mut accesses = vec![("x", x, WIDE), ("weight", weight, WIDE), ("y", y, 2)];
+    accesses.extend(bias.map(|bias| ("bias", bias, 2)));
+    accesses.extend(residual.map(|residual| ("residual", residual, 2)));
+    check_support(client, &accesses)?;
     launch(client, x, [weight, weight], None, [bias, residual], y)
 }
 
@@ -121,12 +117,10 @@ pub fn gated_product<R: Runtime>(
     y: &RowsView,
 ) -> Result<(), Error> {
     check_gated(x, gate, up, y)?;
-    check_support(client, &[x, gate, up.unwrap_or(gate)], y.width)?;
-    if !y.fits_width(2) {
-        return Err(Error::tensor("y", "width and stride", y.stride, "multiples of 2"));
-    }
+    let other = up.unwrap_or(gate);
+    check_support(client, &[("x", x, WIDE), ("gate", gate, WIDE), ("up", other, WIDE), ("y", y, 2)])?;
     let first_value = if up.is_some() { 0 } else { y.width * gate.stride / WIDE };
-    launch(client, x, [gate, up.unwrap_or(gate)], Some(first_value), [None, None], y)
+    launch(client, x, [gate, other], Some(first_value), [None, None], y)
 }
 
 /// With gates, values begin at vector `first_value` of the second weight.
