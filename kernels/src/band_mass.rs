@@ -5,7 +5,7 @@ use cubecl::{prelude::*, server::Handle};
 use crate::{
     call::Call,
     sample::{Sampled, list_keys, list_sampled_rows},
-    square_tile::{NO_ROW, PART, SquareTile, head_base, new_products, new_stage, score_tile},
+    square_tile::{NO_ROW, PART, SquareTile, head_base, new_stage, score_tile},
     tensor::{array, grid},
     walk::Sizes,
 };
@@ -30,7 +30,7 @@ pub(crate) fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, masse
             call.scale,
             tile,
             call.block(),
-            call.square_types(),
+            call.inputs.q.dtype,
         );
     }
 }
@@ -38,7 +38,7 @@ pub(crate) fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, masse
 /// A cube owns a tile of rows, as in pass 1; the barriers between key blocks let the cube's units
 /// add to one distance in turn.
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn band_mass_kernel<E: Float, S: Float, N: Size>(
+fn band_mass_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
     k: &Tensor<Vector<E, N>>,
     rows: &Array<u32>,
@@ -48,7 +48,7 @@ fn band_mass_kernel<E: Float, S: Float, N: Size>(
     scale: f32,
     #[comptime] tile: SquareTile,
     #[comptime] block: u32,
-    #[define(E, S)] _dtypes: [StorageType; 2],
+    #[define(E)] _dtype: StorageType,
 ) {
     let edge = comptime!(tile.edge as u32);
     let side = comptime!(tile.side() as u32);
@@ -75,9 +75,8 @@ fn band_mass_kernel<E: Float, S: Float, N: Size>(
     let mut row_lse = SharedMemory::<f32>::new(tile.edge);
     let mut row_mass = SharedMemory::<f32>::new(tile.edge);
     let mut partial = SharedMemory::<f32>::new(comptime!(tile.edge * tile.side()));
-    let mut stage = new_stage::<S, N>(tile);
-    let mut products = new_products(tile, false);
-    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge);
+    let mut stage = new_stage::<N>(tile);
+    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge, units);
     if UNIT_POS < edge && first + UNIT_POS < sizes.samples {
         row_lse[UNIT_POS as usize] = lse[(head * sizes.samples + first + UNIT_POS) as usize];
     }
@@ -88,21 +87,6 @@ fn band_mass_kernel<E: Float, S: Float, N: Size>(
     }
     sync_storage();
     sync_cube();
-
-    // A unit below `edge` owns a row; the first row of a block sums those that share it.
-    let mut own_block = NO_ROW.runtime();
-    let mut leads = false.runtime();
-    if UNIT_POS < edge {
-        let row = q_rows[UNIT_POS as usize];
-        if row != NO_ROW {
-            own_block = (position + row) / block;
-            leads = true;
-            if UNIT_POS > 0 {
-                let before = q_rows[(UNIT_POS - 1) as usize];
-                leads = (position + before) / block != own_block;
-            }
-        }
-    }
 
     let mut scores = Array::<f32>::new(PART * PART);
     let mut sums = Array::<f32>::new(PART);
@@ -116,18 +100,7 @@ fn band_mass_kernel<E: Float, S: Float, N: Size>(
         for sub in 0..per_block {
             sync_cube();
             list_keys(&mut k_rows, key_block * block + sub * edge, sizes.kv_len, edge);
-            score_tile::<E, S, N>(
-                q,
-                q_base,
-                &q_rows,
-                k,
-                k_base,
-                &k_rows,
-                &mut stage,
-                &mut products,
-                &mut scores,
-                tile,
-            );
+            score_tile::<E, N>(q, q_base, &q_rows, k, k_base, &k_rows, &mut stage, &mut scores, tile);
             #[unroll]
             for i in 0..PART {
                 let slot = (unit_row + comptime!(i as u32) * side) as usize;
@@ -155,21 +128,55 @@ fn band_mass_kernel<E: Float, S: Float, N: Size>(
             row_mass[UNIT_POS as usize] = sum;
         }
         sync_cube();
-        if leads && own_block >= key_block {
-            let mut sum = 0.0f32;
-            let mut slot = UNIT_POS;
-            let mut same = true.runtime();
-            while same {
-                sum += row_mass[slot as usize];
-                slot += 1;
-                same = false;
-                if slot < edge {
-                    let row = q_rows[slot as usize];
-                    same = row != NO_ROW && (position + row) / block == own_block;
-                }
-            }
-            masses[mass_base + (own_block - key_block) as usize] += sum;
-        }
+        add_band_masses(&q_rows, &row_mass, masses, mass_base, key_block, position, edge, units, block);
         sync_storage();
+    }
+}
+
+/// Adds the rows' masses in a key block to their distances. The first row of each position block
+/// adds for all that share it, so no two units meet.
+#[cube]
+pub(crate) fn add_band_masses(
+    q_rows: &SharedMemory<u32>,
+    row_mass: &SharedMemory<f32>,
+    masses: &mut Array<f32>,
+    mass_base: usize,
+    key_block: u32,
+    position: u32,
+    #[comptime] count: u32,
+    #[comptime] units: u32,
+    #[comptime] block: u32,
+) {
+    #[unroll]
+    for step in 0..comptime!(count.div_ceil(units)) {
+        let first = UNIT_POS + comptime!(step * units);
+        // Both sides of an `&&` are evaluated: a unit without a row must not look it up.
+        let mut row = NO_ROW.runtime();
+        if first < count {
+            row = q_rows[first as usize];
+        }
+        if row != NO_ROW {
+            let own_block = (position + row) / block;
+            let mut leads = own_block >= key_block;
+            if first > 0 {
+                let before = (position + q_rows[(first - 1) as usize]) / block;
+                leads = leads && before != own_block;
+            }
+            if leads {
+                let mut sum = 0.0f32;
+                let mut slot = first;
+                let mut same = true.runtime();
+                while same {
+                    sum += row_mass[slot as usize];
+                    slot += 1;
+                    same = false;
+                    if slot < count {
+                        let row = q_rows[slot as usize];
+                        same = row != NO_ROW && (position + row) / block == own_block;
+                    }
+                }
+                masses[mass_base + (own_block - key_block) as usize] += sum;
+            }
+        }
     }
 }

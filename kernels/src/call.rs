@@ -6,9 +6,11 @@ use crate::{
     AttentionShape, Error, SampleAttentionOptions, TileProduct,
     filter::FilterNumbersLaunch,
     flash_mma::flash_bytes,
+    flash_plane::plane_flash_bytes,
     ladder::levels,
     mma_columns::sample_bytes,
     mma_tile::MmaTile,
+    plane_columns,
     plane_tile::PlaneTile,
     square_tile::SquareTile,
     tensor::{Inputs, TensorView},
@@ -24,10 +26,10 @@ pub(crate) struct Call<'a, R: Runtime> {
     /// Sampled query rows, ascending.
     pub rows: Vec<u32>,
     pub scale: f32,
-    /// Tiles of plain units or cooperative matrices.
+    /// Tiles of plain units.
     pub square: SquareTile,
-    /// Row tiles of cooperative matrices, where they are used.
-    pub plane: Option<PlaneTile>,
+    /// Row tiles of cooperative matrices, where they are used instead.
+    pub plane: Option<PlaneTiles>,
     /// Tiles of `mma` products, where they are used instead.
     pub mma: Option<MmaTiles>,
 }
@@ -57,6 +59,38 @@ impl MmaTiles {
     }
 }
 
+/// Tiles of the kernels with cooperative matrices.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PlaneTiles {
+    pub flash: PlaneTile,
+    pub sample: PlaneTile,
+}
+
+impl PlaneTiles {
+    /// Planes of a cube, and their rows. Flash planes hold outputs beside their rows. More planes would share
+    /// each staged key tile, and leave a processor fewer cubes to turn to while one waits at a barrier.
+    const FLASH: [(usize, usize); 3] = [(4, 16), (2, 16), (1, 16)];
+    const SAMPLE: [(usize, usize); 5] = [(4, 32), (2, 32), (4, 16), (2, 16), (1, 16)];
+    /// Longest head whose rows a sampling plane holds 32 of.
+    const WIDEST: usize = 128;
+
+    fn new<R: Runtime>(
+        properties: &DeviceProperties,
+        inputs: &Inputs<'_, R>,
+        options: &SampleAttentionOptions,
+    ) -> Option<Self> {
+        let (head_dim, levels) = (inputs.shape.head_dim, levels(options.rule));
+        let first = |planes: &[(usize, usize)], bytes: &dyn Fn(&PlaneTile) -> usize| {
+            PlaneTile::first(properties, options.block_size, head_dim, inputs.q.dtype, planes, bytes)
+        };
+        let sample = if head_dim > Self::WIDEST { &Self::SAMPLE[2..] } else { &Self::SAMPLE };
+        Some(Self {
+            flash: first(&Self::FLASH, &plane_flash_bytes)?,
+            sample: first(sample, &|tile| plane_columns::sample_bytes(tile, levels))?,
+        })
+    }
+}
+
 impl<'a, R: Runtime> Call<'a, R> {
     /// Checks everything and chooses the tile product.
     pub fn new(
@@ -70,25 +104,22 @@ impl<'a, R: Runtime> Call<'a, R> {
         let properties = client.properties();
         let (block_size, head_dim) = (options.block_size, shape.head_dim);
         let product = options.product;
-        let (mut mma, mut fragments, mut plane) = (None, None, None);
+        let (mut mma, mut plane) = (None, None);
         if matches!(product, TileProduct::Auto | TileProduct::Mma) {
             mma = MmaTiles::new(properties, &inputs, options);
         }
         if product == TileProduct::Cmma || (product == TileProduct::Auto && mma.is_none()) {
-            plane = PlaneTile::new(properties, block_size, head_dim, inputs.q.dtype);
-            fragments = SquareTile::by_fragments(properties, block_size, head_dim, inputs.q.dtype)
-                .filter(|_| plane.is_some());
+            plane = PlaneTiles::new(properties, &inputs, options);
         }
         let missing = match product {
             TileProduct::Auto | TileProduct::Units => false,
-            TileProduct::Cmma => fragments.is_none(),
+            TileProduct::Cmma => plane.is_none(),
             TileProduct::Mma => mma.is_none(),
         };
         if missing {
             let what = format!("{product} products of {} rows of {head_dim}", inputs.q.dtype);
             return Err(Error::Unsupported(what));
         }
-        let units = || SquareTile::by_units(&properties.hardware, block_size, head_dim);
         let rows = shape.sampled_rows(options);
         let scores = shape.heads() * levels(options.rule) * shape.tail_start(options);
         if !rows.is_empty() && u32::try_from(scores).is_err() {
@@ -99,7 +130,7 @@ impl<'a, R: Runtime> Call<'a, R> {
             client,
             rows,
             scale: shape.scale(options) as f32,
-            square: fragments.unwrap_or_else(units),
+            square: SquareTile::new(&properties.hardware, block_size, head_dim),
             plane,
             mma,
             inputs,
@@ -118,12 +149,6 @@ impl<'a, R: Runtime> Call<'a, R> {
 
     pub fn block(&self) -> u32 {
         self.options.block_size as u32
-    }
-
-    /// Types of the tensors and of what kernels over square tiles stage.
-    pub fn square_types(&self) -> [StorageType; 2] {
-        let dtype = self.inputs.q.dtype;
-        [dtype, self.square.staged_type(dtype)]
     }
 
     /// Runtime sizes as a kernel argument.

@@ -9,10 +9,9 @@ use crate::{
     decode::{MAX_DECODE_QUERIES, split_keys},
     flash_mma::flash_mma,
     flash_plane::flash_plane,
-    rounding::{rounded, rounded_vector},
+    rounding::rounded_vector,
     square_tile::{
-        MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_products, new_stage, new_weights,
-        score_tile, value_tile,
+        MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_stage, score_tile, value_tile,
     },
     tensor::{array, grid},
     walk::{PlanArgs, Sizes, WalkTile, key_at, plan_args, start_walk},
@@ -33,7 +32,7 @@ pub(crate) fn flash<R: Runtime>(call: &Call<'_, R>, plan: Option<&Plan>, lse: &H
         _ if plan.is_none() && few => split_keys(call, lse),
         Some(tiles) => flash_mma(call, plan, lse, tiles.flash),
         None => match call.plane {
-            Some(tile) => flash_plane(call, plan, lse, tile),
+            Some(tiles) => flash_plane(call, plan, lse, tiles.flash),
             None => flash_square(call, plan, lse),
         },
     }
@@ -67,13 +66,13 @@ fn flash_square<R: Runtime>(call: &Call<'_, R>, plan: Option<&Plan>, lse: &Handl
             call.sizes(),
             call.scale,
             config,
-            call.square_types(),
+            call.inputs.q.dtype,
         );
     }
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn square_flash_kernel<E: Float, S: Float, N: Size>(
+fn square_flash_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
     k: &Tensor<Vector<E, N>>,
     v: &Tensor<Vector<E, N>>,
@@ -83,7 +82,7 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
     sizes: Sizes,
     scale: f32,
     #[comptime] config: SquareFlash,
-    #[define(E, S)] _dtypes: [StorageType; 2],
+    #[define(E)] _dtype: StorageType,
 ) {
     let tile = comptime!(config.tile);
     let width = N::value();
@@ -112,9 +111,8 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
 
     let mut q_rows = SharedMemory::<u32>::new(tile.edge);
     let mut k_rows = SharedMemory::<u32>::new(tile.edge);
-    let mut stage = new_stage::<S, N>(tile);
-    let mut products = new_products(tile, false);
-    let mut weights = new_weights::<S>(tile);
+    let mut stage = new_stage::<N>(tile);
+    let mut weights = SharedMemory::<f32>::new(comptime!(tile.edge * tile.edge));
     let mut partial = SharedMemory::<f32>::new(comptime!(tile.edge * tile.side()));
 
     if UNIT_POS < edge {
@@ -147,18 +145,7 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
         if UNIT_POS < edge {
             k_rows[UNIT_POS as usize] = key_at(&walk, plan, &sizes, index, UNIT_POS, config.walk);
         }
-        score_tile::<E, S, N>(
-            q,
-            q_base,
-            &q_rows,
-            k,
-            k_base,
-            &k_rows,
-            &mut stage,
-            &mut products,
-            &mut scores,
-            tile,
-        );
+        score_tile::<E, N>(q, q_base, &q_rows, k, k_base, &k_rows, &mut stage, &mut scores, tile);
         #[unroll]
         for i in 0..PART {
             let row = unit_row + comptime!(i as u32) * side;
@@ -192,11 +179,10 @@ fn square_flash_kernel<E: Float, S: Float, N: Size>(
                 let weight = (scores[i * PART + j] - new_max).exp();
                 sum[i] += weight;
                 let col = unit_col + comptime!(j as u32) * side;
-                let at = row * comptime!(tile.weight_pitch() as u32) + col;
-                weights[at as usize] = rounded::<S>(weight);
+                weights[(row * edge + col) as usize] = weight;
             }
         }
-        value_tile::<E, S, N>(v, v_base, &k_rows, &weights, &mut stage, &mut products, &mut acc, tile);
+        value_tile::<E, N>(v, v_base, &k_rows, &weights, &mut stage, &mut acc, tile);
     }
 
     sync_cube();

@@ -12,14 +12,15 @@ use cubecl::{
 use crate::{
     Plan,
     call::Call,
+    fragments::zero_matrices,
     plane_tile::{
-        PlaneTile, ROWS, carry_rows, load_rows, new_scores, new_stage, plane_scores, put_rows, shared_max,
-        shared_sum, unit_row, zero_matrices,
+        ALIGNMENT, PlaneTile, Quad, carry_rows, load_rows, new_scores, new_stage, plane_scores, put_rows,
+        quad_at, quad_max, quad_sum, shared_max, shared_sum, store_scores, unit_row,
     },
-    rounding::{rounded, rounded_vector},
-    square_tile::{ALIGNMENT, MASKED, MAX_START, NO_ROW, head_base},
+    rounding::rounded_vector,
+    square_tile::{MASKED, MAX_START, NO_ROW, head_base},
     tensor::{array, grid},
-    walk::{PlanArgs, Sizes, WalkTile, key_at, plan_args, start_walk},
+    walk::{PlanArgs, Sizes, WalkTile, key_at, key_of, plan_args, start_walk, stripe_at},
 };
 
 /// How far a score may lie above the maximum that its row is scaled by: weights stay below `e^5`.
@@ -30,6 +31,16 @@ const SLACK: f32 = 5.0;
 struct PlaneFlash {
     tile: PlaneTile,
     walk: WalkTile,
+}
+
+/// Lists of keys that exist at a time: those of the present tile and of two after it.
+const LISTS: usize = 3;
+
+/// Shared memory of the kernel, in bytes.
+pub(crate) fn plane_flash_bytes(tile: &PlaneTile) -> usize {
+    let weights = tile.rows() * tile.weight_pitch() * size_of::<u16>();
+    let lists = (LISTS * tile.keys + 2 * tile.rows() + tile.planes) * size_of::<u32>();
+    tile.staged_bytes() + weights + lists
 }
 
 /// As [`flash`](crate::flash::flash).
@@ -71,6 +82,9 @@ pub(crate) fn flash_plane<R: Runtime>(
     }
 }
 
+/// Two barriers a key tile. Behind the first, all planes have their scores and are done with the values before:
+/// the next keys and the present values are staged. Behind the second, the planes add their values, and
+/// go on to the next scores.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn plane_flash_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
@@ -90,8 +104,9 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let rows = comptime!(tile.rows() as u32);
     let keys = comptime!(tile.keys as u32);
     let units = comptime!(tile.units() as u32);
-    let score_pitch = comptime!(tile.score_pitch() as u32);
-    let weight_pitch = comptime!(tile.weight_pitch() as u32);
+    let plane_rows = comptime!(tile.plane_rows as u32);
+    let score_pitch = comptime!(tile.score_pitch() as u32 / 4);
+    let weight_pitch = comptime!(tile.weight_pitch() as u32 / 4);
     let sharers = comptime!(tile.sharers() as u32);
     let heads = q.shape(0) as u32 * sizes.q_heads;
     let position = sizes.kv_len - sizes.q_len;
@@ -111,14 +126,15 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let v_base = head_base::<E, N>(v, batch, kv_head);
     let plane = UNIT_POS / PLANE_DIM;
     let own = plane < comptime!(tile.planes as u32);
-    let first_slot = plane * comptime!(ROWS as u32);
+    let first_slot = plane * plane_rows;
     let part = UNIT_POS % PLANE_DIM % sharers;
 
     let mut q_rows = SharedMemory::<u32>::new(tile.rows());
-    let mut k_rows = SharedMemory::<u32>::new(comptime!(2 * tile.keys));
+    let mut k_rows = SharedMemory::<u32>::new(comptime!(LISTS * tile.keys));
     let mut stage = new_stage::<E, N>(tile);
     let mut scores = new_scores(tile);
-    let mut weights = SharedMemory::<E>::new_aligned(comptime!(tile.rows() * tile.weight_pitch()), ALIGNMENT);
+    let mut weights =
+        SharedMemory::<Quad<E>>::new_aligned(comptime!(tile.rows() * tile.weight_pitch() / 4), ALIGNMENT);
     let mut factors = SharedMemory::<f32>::new(tile.rows());
     let mut grown = SharedMemory::<u32>::new(tile.planes);
 
@@ -131,19 +147,24 @@ fn plane_flash_kernel<E: Float, N: Size>(
             q_rows[slot as usize] = select(at >= position && at < sizes.kv_len, at - position, NO_ROW);
         }
     }
+    // What is listed of the tile after next comes from memory in two steps, one a tile.
+    let mut stripe = 0u32.runtime();
     if UNIT_POS < keys {
         k_rows[UNIT_POS as usize] = key_at(&walk, plan, &sizes, 0, UNIT_POS, config.walk);
+        k_rows[(keys + UNIT_POS) as usize] = key_at(&walk, plan, &sizes, 1, UNIT_POS, config.walk);
+        stripe = stripe_at(&walk, plan, 2, UNIT_POS, config.walk);
     }
     sync_cube();
     let queries = load_rows::<E, N>(q, q_base, &q_rows, &mut stage, tile);
     let mut carried_keys = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     let mut carried_values = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     carry_rows::<E, N>(k, k_base, &k_rows, 0, &mut carried_keys, tile);
+    put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
+    carry_rows::<E, N>(k, k_base, &k_rows, keys, &mut carried_keys, tile);
     carry_rows::<E, N>(v, v_base, &k_rows, 0, &mut carried_values, tile);
 
     let out_cols = comptime!(tile.head_dim / size.n);
-    let sums = zero_matrices(comptime!(ROWS / size.m * out_cols), tile);
-    let mut held = Array::<f32>::new(comptime!(tile.unit_rows() * tile.part()));
+    let sums = zero_matrices(comptime!(tile.plane_rows / size.m * out_cols), size);
     let mut maximum = Array::<f32>::new(comptime!(tile.unit_rows()));
     // Of the unit's own columns; summed over the row at the end.
     let mut sum = Array::<f32>::new(comptime!(tile.unit_rows()));
@@ -153,40 +174,73 @@ fn plane_flash_kernel<E: Float, N: Size>(
         sum[r] = 0.0;
     }
 
-    for index in 0..walk.tiles {
-        let list = index % 2 * keys;
-        // Everybody is done with the tile before this one.
-        sync_cube();
-        put_rows::<E, N>(&carried_keys, &mut stage, 0usize, tile);
-        put_rows::<E, N>(&carried_values, &mut stage, tile.keys, tile);
-        if index + 1 < walk.tiles && UNIT_POS < keys {
-            k_rows[(keys - list + UNIT_POS) as usize] =
-                key_at(&walk, plan, &sizes, index + 1, UNIT_POS, config.walk);
-        }
-        sync_cube();
-        if index + 1 < walk.tiles {
-            carry_rows::<E, N>(k, k_base, &k_rows, keys - list, &mut carried_keys, tile);
-            carry_rows::<E, N>(v, v_base, &k_rows, keys - list, &mut carried_values, tile);
-        }
-        plane_scores::<E, N>(&queries, &stage, &mut scores, tile);
-        sync_cube();
+    sync_cube();
 
+    for index in 0..walk.tiles {
+        let list = index % comptime!(LISTS as u32) * keys;
+        let next_list = (index + 1) % comptime!(LISTS as u32) * keys;
+        let last_list = (index + 2) % comptime!(LISTS as u32) * keys;
+        let mut key = NO_ROW.runtime();
+        if UNIT_POS < keys {
+            if index + 2 < walk.tiles {
+                key = key_of(&walk, plan, &sizes, index + 2, UNIT_POS, stripe, config.walk);
+                stripe = stripe_at(&walk, plan, index + 3, UNIT_POS, config.walk);
+            }
+        }
+        plane_scores::<E, N>(&queries, &stage, 0, &mut scores, tile);
+        if UNIT_POS < keys {
+            k_rows[(last_list + UNIT_POS) as usize] = key;
+        }
+        sync_cube();
+        put_rows::<E, N>(&carried_values, &mut stage, keys, tile);
+        if index + 1 < walk.tiles {
+            put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
+            carry_rows::<E, N>(v, v_base, &k_rows, next_list, &mut carried_values, tile);
+            carry_rows::<E, N>(k, k_base, &k_rows, last_list, &mut carried_keys, tile);
+        }
+
+        // Whether a row of the cube may not see a key of the tile, or the tile is not full.
+        let mut hides = false.runtime();
+        #[unroll]
+        for step in 0..comptime!(tile.keys.div_ceil(size.narrowest)) {
+            let slot = UNIT_POS % PLANE_DIM + comptime!((step * size.narrowest) as u32);
+            if slot < keys {
+                hides = hides || k_rows[(list + slot) as usize] > start;
+            }
+        }
+        hides = plane_any(hides);
         let mut grows = false.runtime();
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            let holds = own && slot < comptime!(ROWS as u32);
+            let holds = own && slot < plane_rows;
             let row = first_slot + slot;
+            let mut held = Array::<Quad<f32>>::new(comptime!(tile.quads()));
             let mut tile_max = MASKED.runtime();
             if holds {
                 #[unroll]
-                for c in 0..tile.part() {
-                    let col = comptime!(c as u32) * sharers + part;
-                    let seen = k_rows[(list + col) as usize] <= start + row;
-                    let score = scores[(row * score_pitch + col) as usize] * scale;
-                    held[r * tile.part() + c] = select(seen, score, MASKED);
-                    tile_max = max(tile_max, held[r * tile.part() + c]);
+                for c in 0..tile.quads() {
+                    let at = row * score_pitch + quad_at(c, slot, tile);
+                    held[c] = scores[at as usize] * Quad::new(scale);
                 }
+                if hides {
+                    #[unroll]
+                    for c in 0..tile.quads() {
+                        let mut quad = held[c];
+                        #[unroll]
+                        for e in 0..4usize {
+                            let col = list + quad_at(c, slot, tile) * 4 + comptime!(e as u32);
+                            quad[e] = select(k_rows[col as usize] <= start + row, quad[e], MASKED);
+                        }
+                        held[c] = quad;
+                    }
+                }
+                let mut largest = held[0];
+                #[unroll]
+                for c in 1..tile.quads() {
+                    largest = max(largest, held[c]);
+                }
+                tile_max = quad_max(largest);
             }
             tile_max = shared_max(tile_max, tile);
             let mut factor = 1.0f32;
@@ -196,14 +250,15 @@ fn plane_flash_kernel<E: Float, N: Size>(
                 grows = true;
             }
             if holds {
-                sum[r] *= factor;
+                let mut total = Quad::<f32>::new(0.0);
                 #[unroll]
-                for c in 0..tile.part() {
-                    let col = comptime!(c as u32) * sharers + part;
-                    let weight = (held[r * tile.part() + c] - maximum[r]).exp();
-                    sum[r] += weight;
-                    weights[(row * weight_pitch + col) as usize] = rounded::<E>(weight);
+                for c in 0..tile.quads() {
+                    let weight = (held[c] - Quad::new(maximum[r])).exp();
+                    total += weight;
+                    let at = row * weight_pitch + quad_at(c, slot, tile);
+                    weights[at as usize] = rounded_vector::<E, Const<4>>(weight);
                 }
+                sum[r] = sum[r] * factor + quad_sum(total);
                 if part == 0 {
                     factors[row as usize] = factor;
                 }
@@ -244,25 +299,26 @@ fn plane_flash_kernel<E: Float, N: Size>(
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(ROWS as u32) {
+            if own && slot < plane_rows {
                 let row = first_slot + slot;
                 let query = q_rows[row as usize];
                 if query != NO_ROW {
                     #[unroll]
-                    for vector in 0..comptime!((size.n / width).div_ceil(tile.sharers())) {
-                        let at = comptime!((vector * tile.sharers()) as u32) + part;
-                        if at < comptime!((size.n / width) as u32) {
-                            let mut value = Vector::<f32, N>::new(0.0);
+                    for number in 0..comptime!((size.n / 4).div_ceil(tile.sharers())) {
+                        let at = comptime!((number * tile.sharers()) as u32) + part;
+                        if at < comptime!((size.n / 4) as u32) {
+                            let quad = scores[(row * score_pitch + at) as usize] / Quad::new(sum[r]);
+                            let first = comptime!((col * size.n) as u32) + at * 4;
+                            let to = out_base + query as usize * row_stride + first as usize / width;
                             #[unroll]
-                            for e in 0..width {
-                                let from = row * score_pitch + at * comptime!(width as u32);
-                                value[e] = scores[from as usize + e];
+                            for vector in 0..comptime!(4 / width) {
+                                let mut value = Vector::<f32, N>::new(0.0);
+                                #[unroll]
+                                for e in 0..width {
+                                    value[e] = quad[comptime!(vector * width + e)];
+                                }
+                                out[to + vector] = rounded_vector::<E, N>(value);
                             }
-                            let to = out_base
-                                + query as usize * row_stride
-                                + comptime!(col * size.n / width)
-                                + at as usize;
-                            out[to] = rounded_vector::<E, N>(value / Vector::new(sum[r]));
                         }
                     }
                     if comptime!(col == 0) {
@@ -280,7 +336,7 @@ fn plane_flash_kernel<E: Float, N: Size>(
 /// Adds the plane's weights x staged values to its outputs.
 #[cube]
 fn add_values<E: Float, N: Size>(
-    weights: &SharedMemory<E>,
+    weights: &SharedMemory<Quad<E>>,
     stage: &SharedMemory<Vector<E, N>>,
     sums: &Sequence<Matrix<f32>>,
     first_slot: u32,
@@ -295,9 +351,9 @@ fn add_values<E: Float, N: Size>(
     for step in 0..comptime!(tile.keys / size.k) {
         let mut left = Sequence::<Matrix<E>>::new();
         #[unroll]
-        for row in 0..comptime!(ROWS / size.m) {
+        for row in 0..comptime!(tile.plane_rows / size.m) {
             let slot = first_slot + comptime!((row * size.m) as u32);
-            let at = (slot * weight_pitch + comptime!((step * size.k) as u32)) as usize;
+            let at = (slot * comptime!(weight_pitch / 4) + comptime!((step * size.k / 4) as u32)) as usize;
             // SAFETY: loaded right away.
             let matrix = unsafe {
                 Matrix::<E>::uninitialized(MatrixIdent::A, size.m, size.n, size.k, MatrixLayout::RowMajor)
@@ -315,7 +371,7 @@ fn add_values<E: Float, N: Size>(
             };
             cmma::load(&values, &stage.slice(at as usize, at as usize + 1), pitch * width as u32);
             #[unroll]
-            for row in 0..comptime!(ROWS / size.m) {
+            for row in 0..comptime!(tile.plane_rows / size.m) {
                 let sum = sums.index(comptime!(row * cols + col));
                 cmma::execute::<E, E, f32, f32>(left.index(row), &values, sum, sum);
             }
@@ -327,19 +383,16 @@ fn add_values<E: Float, N: Size>(
 #[cube]
 fn store_column(
     sums: &Sequence<Matrix<f32>>,
-    scores: &mut SharedMemory<f32>,
+    scores: &mut SharedMemory<Quad<f32>>,
     first_slot: u32,
     #[comptime] col: usize,
     #[comptime] tile: PlaneTile,
 ) {
     let size = comptime!(tile.fragments);
-    let pitch = comptime!(tile.score_pitch() as u32);
     #[unroll]
-    for row in 0..comptime!(ROWS / size.m) {
-        let at = ((first_slot + comptime!((row * size.m) as u32)) * pitch) as usize;
-        let mut target = scores.slice_mut(at, at + 1);
+    for row in 0..comptime!(tile.plane_rows / size.m) {
         let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
-        cmma::store(&mut target, sum, pitch, MatrixLayout::RowMajor);
+        store_scores(sum, scores, first_slot + comptime!((row * size.m) as u32), 0usize, tile);
     }
 }
 
@@ -347,16 +400,15 @@ fn store_column(
 #[cube]
 fn scale_sums(
     sums: &Sequence<Matrix<f32>>,
-    scores: &mut SharedMemory<f32>,
+    scores: &mut SharedMemory<Quad<f32>>,
     factors: &SharedMemory<f32>,
     first_slot: u32,
     own: bool,
     #[comptime] tile: PlaneTile,
 ) {
     let size = comptime!(tile.fragments);
-    let pitch = comptime!(tile.score_pitch() as u32);
-    let sharers = comptime!(tile.sharers() as u32);
-    let part = UNIT_POS % PLANE_DIM % sharers;
+    let pitch = comptime!(tile.score_pitch() as u32 / 4);
+    let part = UNIT_POS % PLANE_DIM % comptime!(tile.sharers() as u32);
     #[unroll]
     for col in 0..comptime!(tile.head_dim / size.n) {
         if own {
@@ -366,22 +418,29 @@ fn scale_sums(
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(ROWS as u32) {
+            if own && slot < comptime!(tile.plane_rows as u32) {
                 let row = first_slot + slot;
                 #[unroll]
-                for c in 0..comptime!(size.n.div_ceil(tile.sharers())) {
-                    let at = comptime!(c as u32) * sharers + part;
-                    scores[(row * pitch + at) as usize] *= factors[row as usize];
+                for number in 0..comptime!((size.n / 4).div_ceil(tile.sharers())) {
+                    let at = comptime!((number * tile.sharers()) as u32) + part;
+                    if at < comptime!((size.n / 4) as u32) {
+                        scores[(row * pitch + at) as usize] *= Quad::new(factors[row as usize]);
+                    }
                 }
             }
         }
         sync_cube();
         if own {
             #[unroll]
-            for row in 0..comptime!(ROWS / size.m) {
+            for row in 0..comptime!(tile.plane_rows / size.m) {
                 let at = ((first_slot + comptime!((row * size.m) as u32)) * pitch) as usize;
                 let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
-                cmma::load_with_layout(sum, &scores.slice(at, at + 1), pitch, MatrixLayout::RowMajor);
+                cmma::load_with_layout(
+                    sum,
+                    &scores.slice(at, at + 1),
+                    comptime!(pitch * 4),
+                    MatrixLayout::RowMajor,
+                );
             }
         }
         sync_cube();

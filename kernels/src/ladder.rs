@@ -16,6 +16,7 @@ use crate::{
     call::Call,
     filter::{Chosen, FilterNumbers, NONE, PlanOutput, PlanOutputLaunch, choose, is_broken, write_plan},
     mma_rows::band_mass_mma,
+    plane_rows::band_mass_plane,
     sample::{Levels, Sampled},
     select::{UNITS, cube_prefix, cube_sum},
     tensor::{array, grid},
@@ -44,19 +45,25 @@ pub(crate) struct Ladder {
 
 /// Sums the sampled mass per band and cuts the bands into groups.
 pub(crate) fn ladder<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, plan: &Plan) -> Ladder {
-    let (heads, blocks, tile) = (plan.heads, plan.blocks, call.square);
+    let (heads, blocks) = (plan.heads, plan.blocks);
     let entries = band_entries(call, blocks);
     let entries = call.client.create_from_slice(f32::as_bytes(&entries));
-    let tile_rows = call.mma.map_or(tile.edge, |tiles| tiles.sample.rows());
+    let tile_rows = match (call.mma, call.plane) {
+        (Some(tiles), _) => tiles.sample.rows(),
+        (None, Some(tiles)) => tiles.sample.rows(),
+        (None, None) => call.square.edge,
+    };
     let tiles = call.samples().div_ceil(tile_rows);
     let masses = call.words(heads * tiles * blocks);
     let ladder = Ladder {
         levels: Levels { table: call.words(heads * blocks), len: heads * blocks, count: GROUPS },
         rungs: call.words(2 * heads * GROUPS),
     };
-    match call.mma {
-        Some(mma) => band_mass_mma(call, sampled, &masses, heads * tiles * blocks, mma.sample),
-        None => band_mass(call, sampled, &masses, heads * tiles * blocks),
+    let len = heads * tiles * blocks;
+    match (call.mma, call.plane) {
+        (Some(tiles), _) => band_mass_mma(call, sampled, &masses, len, tiles.sample),
+        (None, Some(tiles)) => band_mass_plane(call, sampled, &masses, len, tiles.sample),
+        (None, None) => band_mass(call, sampled, &masses, len),
     }
     // SAFETY: distances below `blocks`, groups below `GROUPS`.
     unsafe {
@@ -64,7 +71,7 @@ pub(crate) fn ladder<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, plan: &P
             call.client,
             grid(heads),
             CubeDim::new_1d(UNITS as u32),
-            array(&masses, heads * tiles * blocks),
+            array(&masses, len),
             array(&entries, blocks),
             array(&call.words(heads * blocks), heads * blocks),
             array(&ladder.levels.table, heads * blocks),

@@ -43,6 +43,8 @@ mod mma_tile;
 mod numbers;
 mod op;
 mod plan;
+mod plane_columns;
+mod plane_rows;
 mod plane_tile;
 mod rounding;
 mod sample;

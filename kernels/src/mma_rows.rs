@@ -6,12 +6,13 @@ use core::f32::consts::{LN_2, LOG2_E};
 use cubecl::{prelude::*, server::Handle};
 
 use crate::{
+    band_mass::add_band_masses,
     call::Call,
     mma_tile::{
         MmaTile, Pair, Wide, await_tile, commit_tile, copy_rows, exp2, exp2_scalar, lane, list_span,
         mma_scores, new_arrivals, plane, zero_products,
     },
-    sample::Sampled,
+    sample::{Sampled, list_sampled_rows},
     square_tile::{MASKED, MAX_START, NO_ROW, head_base},
     tensor::{array, grid},
     walk::Sizes,
@@ -115,17 +116,7 @@ fn mma_row_kernel<E: Float>(
     let mut k_rows = SharedMemory::<u32>::new(comptime!(2 * tile.keys));
     let mut row_mass = SharedMemory::<f32>::new(tile.rows());
 
-    #[unroll]
-    for step in 0..comptime!(count.div_ceil(units)) {
-        let slot = UNIT_POS + comptime!(step * units);
-        if slot < count {
-            let mut row = NO_ROW.runtime();
-            if first + slot < sizes.samples {
-                row = rows[(first + slot) as usize];
-            }
-            q_rows[slot as usize] = row;
-        }
-    }
+    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, count, units);
     list_span(&mut k_rows, 0, 0, sizes.kv_len, keys);
     if comptime!(config.bands) {
         let mut d = UNIT_POS;
@@ -239,7 +230,17 @@ fn mma_row_kernel<E: Float>(
                     sum[r] = 0.0;
                 }
                 sync_cube();
-                add_band_masses(&q_rows, &row_mass, masses, mass_base, key_block, position, config);
+                add_band_masses(
+                    &q_rows,
+                    &row_mass,
+                    masses,
+                    mass_base,
+                    key_block,
+                    position,
+                    count,
+                    units,
+                    config.block,
+                );
                 sync_storage();
             }
         }
@@ -265,52 +266,4 @@ fn mma_row_kernel<E: Float>(
 fn quad_sum(value: f32) -> f32 {
     let pairs = value + plane_shuffle_xor(value, 1);
     pairs + plane_shuffle_xor(pairs, 2)
-}
-
-/// Adds the rows' masses in a key block to their distances. The first row of each position block
-/// adds for all that share it, so no two units meet.
-#[cube]
-fn add_band_masses(
-    q_rows: &SharedMemory<u32>,
-    row_mass: &SharedMemory<f32>,
-    masses: &mut Array<f32>,
-    mass_base: usize,
-    key_block: u32,
-    position: u32,
-    #[comptime] config: RowConfig,
-) {
-    let count = comptime!(config.tile.rows() as u32);
-    let units = comptime!(config.tile.units() as u32);
-    #[unroll]
-    for step in 0..comptime!(count.div_ceil(units)) {
-        let first = UNIT_POS + comptime!(step * units);
-        // Both sides of an `&&` are evaluated: a unit without a row must not look it up.
-        let mut row = NO_ROW.runtime();
-        if first < count {
-            row = q_rows[first as usize];
-        }
-        if row != NO_ROW {
-            let own_block = (position + row) / config.block;
-            let mut leads = own_block >= key_block;
-            if first > 0 {
-                let before = (position + q_rows[(first - 1) as usize]) / config.block;
-                leads = leads && before != own_block;
-            }
-            if leads {
-                let mut sum = 0.0f32;
-                let mut slot = first;
-                let mut same = true.runtime();
-                while same {
-                    sum += row_mass[slot as usize];
-                    slot += 1;
-                    same = false;
-                    if slot < count {
-                        let row = q_rows[slot as usize];
-                        same = row != NO_ROW && (position + row) / config.block == own_block;
-                    }
-                }
-                masses[mass_base + (own_block - key_block) as usize] += sum;
-            }
-        }
-    }
 }

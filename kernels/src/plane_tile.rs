@@ -1,4 +1,4 @@
-//! Row tiles by cooperative matrices, after FlashAttention-2: each plane owns 16 rows, which stay in its
+//! Row tiles by cooperative matrices, after FlashAttention-2: each plane owns a few rows, which stay in its
 //! matrices while keys stream by. Where a matrix's elements lie is not known, so scores pass through
 //! shared memory.
 
@@ -9,19 +9,24 @@ use cubecl::{
 };
 
 use crate::{
-    fragments::Fragments,
-    square_tile::{ALIGNMENT, NO_ROW, PADDING},
+    fragments::{Fragments, zero_matrices},
+    square_tile::NO_ROW,
 };
 
-/// Rows of one plane.
-pub(crate) const ROWS: usize = 16;
+/// Elements between staged rows, against bank conflicts: 16 bytes.
+const PADDING: usize = 8;
 
-/// Planes of a cube at most. More would share each staged key tile, and leave a processor fewer cubes to
-/// turn to while one waits at a barrier.
-const MOST_PLANES: usize = 4;
+/// Elements between rows of scores, against bank conflicts: 32 bytes.
+const SCORE_PADDING: usize = 8;
 
-/// `f32` elements between rows of scores, against bank conflicts: 16 bytes.
-const SCORE_PADDING: usize = 4;
+/// Alignment that cooperative matrices ask of shared memory, in bytes.
+pub(crate) const ALIGNMENT: usize = 32;
+
+/// Four neighbouring scores of a row, which units read at once.
+pub(crate) type Quad<E> = Vector<E, Const<4>>;
+
+/// Elements of a [`Quad`].
+const QUAD: usize = 4;
 
 /// Sizes of a cube's tile: rows by keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,16 +36,21 @@ pub(crate) struct PlaneTile {
     pub keys: usize,
     /// Planes that own rows.
     pub planes: usize,
+    /// Rows of one plane.
+    pub plane_rows: usize,
     pub fragments: Fragments,
 }
 
 impl PlaneTile {
-    /// The largest tile that divides a block and that the device has room for.
-    pub fn new(
+    /// The first tile, of the given planes and rows of a plane, that divides a block and that the device has
+    /// room for.
+    pub fn first(
         properties: &DeviceProperties,
         block_size: usize,
         head_dim: usize,
         dtype: StorageType,
+        planes: &[(usize, usize)],
+        bytes: &dyn Fn(&Self) -> usize,
     ) -> Option<Self> {
         let fragments = Fragments::new(properties, dtype)?;
         let hardware = &properties.hardware;
@@ -49,24 +59,22 @@ impl PlaneTile {
                 && block_size.is_multiple_of(tile.rows())
                 && block_size.is_multiple_of(tile.keys)
                 && hardware.max_units_per_cube as usize >= tile.units()
-                && hardware.max_shared_memory_size >= tile.shared_bytes()
+                && hardware.max_shared_memory_size >= bytes(tile)
         };
-        let planes = [MOST_PLANES, 2, 1].into_iter();
-        let tiles = planes.flat_map(|planes| [32, 16].map(|keys| Self { head_dim, keys, planes, fragments }));
-        tiles.into_iter().find(fits)
+        let tile = |planes, plane_rows, keys| Self { head_dim, keys, planes, plane_rows, fragments };
+        let mut tiles =
+            planes.iter().flat_map(|&(planes, rows)| [32, 16].map(|keys| tile(planes, rows, keys)));
+        tiles.find(fits)
     }
 
-    /// Upper bound over all kernels that use the tile.
-    fn shared_bytes(&self) -> usize {
-        let staged = 2 * self.keys * (self.head_dim + PADDING) * size_of::<u16>();
-        let scores = self.rows() * self.score_pitch() * size_of::<f32>();
-        let weights = self.rows() * self.weight_pitch() * size_of::<u16>();
-        let lists = (2 * self.keys + 3 * self.rows() + self.planes) * size_of::<u32>();
-        staged + scores + weights + lists
+    /// Shared memory of the stage and the scores, in bytes.
+    pub fn staged_bytes(&self) -> usize {
+        2 * self.keys * (self.head_dim + PADDING) * size_of::<u16>()
+            + self.rows() * self.score_pitch() * size_of::<f32>()
     }
 
     pub fn rows(&self) -> usize {
-        self.planes * ROWS
+        self.planes * self.plane_rows
     }
 
     pub fn units(&self) -> usize {
@@ -99,21 +107,24 @@ impl PlaneTile {
 
     /// Units that share a row of scores, in the narrowest plane.
     pub fn sharers(&self) -> usize {
-        (self.fragments.narrowest / ROWS).max(1)
+        (self.fragments.narrowest / self.plane_rows).clamp(1, MOST_SHARERS)
     }
 
     /// Rows of scores that one unit has a part of, in the narrowest plane.
     pub fn unit_rows(&self) -> usize {
-        (ROWS / self.fragments.narrowest).max(1)
+        (self.plane_rows / self.fragments.narrowest).max(1)
     }
 
-    /// Scores of a row that one unit holds.
-    pub fn part(&self) -> usize {
-        self.keys / self.sharers()
+    /// Scores of a row that one unit holds, in quads.
+    pub fn quads(&self) -> usize {
+        self.keys / QUAD / self.sharers()
     }
 }
 
-/// The stage of two key tiles: keys and values, or in the beginning queries.
+/// Units that [`shared_sum`] sums over at most.
+const MOST_SHARERS: usize = 4;
+
+/// The stage of two key tiles.
 #[cube]
 pub(crate) fn new_stage<E: Float, N: Size>(#[comptime] tile: PlaneTile) -> SharedMemory<Vector<E, N>> {
     let width = N::value();
@@ -122,16 +133,41 @@ pub(crate) fn new_stage<E: Float, N: Size>(#[comptime] tile: PlaneTile) -> Share
 
 /// The scores of all planes.
 #[cube]
-pub(crate) fn new_scores(#[comptime] tile: PlaneTile) -> SharedMemory<f32> {
-    SharedMemory::new_aligned(comptime!(tile.rows() * tile.score_pitch()), ALIGNMENT)
+pub(crate) fn new_scores(#[comptime] tile: PlaneTile) -> SharedMemory<Quad<f32>> {
+    SharedMemory::new_aligned(comptime!(tile.rows() * tile.score_pitch() / QUAD), ALIGNMENT)
 }
 
 /// The row, within its plane, that a unit's part number `index` belongs to. Wide planes have units whose
-/// row is [`ROWS`] or above: they hold none.
+/// row is `plane_rows` or above: they hold none.
 #[cube]
 pub(crate) fn unit_row(#[comptime] index: usize, #[comptime] tile: PlaneTile) -> u32 {
     let sharers = comptime!(tile.sharers() as u32);
     UNIT_POS % PLANE_DIM / sharers + comptime!(index as u32) * (PLANE_DIM / sharers)
+}
+
+/// Which quad of its row a unit's quad number `index` is. Units that read at the same time meet different
+/// banks.
+#[cube]
+pub(crate) fn quad_at(#[comptime] index: usize, slot: u32, #[comptime] tile: PlaneTile) -> u32 {
+    let sharers = comptime!(tile.sharers() as u32);
+    let number = comptime!(index as u32);
+    let mut quad = number ^ (slot / 4 % 2);
+    if comptime!(sharers > 1) {
+        quad = number * sharers + UNIT_POS % PLANE_DIM % sharers;
+    }
+    quad
+}
+
+/// The sum of four neighbours.
+#[cube]
+pub(crate) fn quad_sum(quad: Quad<f32>) -> f32 {
+    (quad[0] + quad[1]) + (quad[2] + quad[3])
+}
+
+/// The largest of four neighbours.
+#[cube]
+pub(crate) fn quad_max(quad: Quad<f32>) -> f32 {
+    max(max(quad[0], quad[1]), max(quad[2], quad[3]))
 }
 
 /// Loads the unit's share of a key tile; slots without a row become zeros.
@@ -145,29 +181,61 @@ pub(crate) fn carry_rows<E: Float, N: Size>(
     #[comptime] tile: PlaneTile,
 ) {
     let width = N::value();
-    let row_stride = source.stride(2) / width;
     let cols = comptime!((tile.head_dim / width) as u32);
     let total = comptime!(tile.keys as u32 * cols);
     #[unroll]
     for step in 0..comptime!(tile.carried(width)) {
         let index = UNIT_POS + comptime!((step * tile.units()) as u32);
-        let mut value = Vector::<E, N>::new(E::from_int(0));
+        let mut row = NO_ROW.runtime();
         if index < total {
-            let row = rows[(first_slot + index / cols) as usize];
-            if row != NO_ROW {
-                value = source[base + row as usize * row_stride + (index % cols) as usize];
-            }
+            row = rows[(first_slot + index / cols) as usize];
         }
-        carried[step] = value;
+        carried[step] = load_vector::<E, N>(source, base, row, index % cols);
     }
 }
 
-/// Writes what [`carry_rows`] loaded to the stage, from row `first_row` on.
+/// [`carry_rows`] of neighbouring rows, up to `end`.
+#[cube]
+pub(crate) fn carry_span<E: Float, N: Size>(
+    source: &Tensor<Vector<E, N>>,
+    base: usize,
+    first: u32,
+    end: u32,
+    carried: &mut Array<Vector<E, N>>,
+    #[comptime] tile: PlaneTile,
+) {
+    let width = N::value();
+    let cols = comptime!((tile.head_dim / width) as u32);
+    #[unroll]
+    for step in 0..comptime!(tile.carried(width)) {
+        let index = UNIT_POS + comptime!((step * tile.units()) as u32);
+        let row = first + index / cols;
+        carried[step] = load_vector::<E, N>(source, base, select(row < end, row, NO_ROW), index % cols);
+    }
+}
+
+/// A vector of a row, or zeros without a row.
+#[cube]
+fn load_vector<E: Float, N: Size>(
+    source: &Tensor<Vector<E, N>>,
+    base: usize,
+    row: u32,
+    col: u32,
+) -> Vector<E, N> {
+    let mut value = Vector::<E, N>::new(E::from_int(0));
+    if row != NO_ROW {
+        let row_stride = source.stride(2) / N::value();
+        value = source[base + row as usize * row_stride + col as usize];
+    }
+    value
+}
+
+/// Writes what was carried to the stage, from row `first_row` on.
 #[cube]
 pub(crate) fn put_rows<E: Float, N: Size>(
     carried: &Array<Vector<E, N>>,
     stage: &mut SharedMemory<Vector<E, N>>,
-    #[comptime] first_row: usize,
+    first_row: u32,
     #[comptime] tile: PlaneTile,
 ) {
     let width = N::value();
@@ -178,14 +246,13 @@ pub(crate) fn put_rows<E: Float, N: Size>(
     for step in 0..comptime!(tile.carried(width)) {
         let index = UNIT_POS + comptime!((step * tile.units()) as u32);
         if index < total {
-            let at = (comptime!(first_row as u32) + index / cols) * pitch + index % cols;
-            stage[at as usize] = carried[step];
+            stage[((first_row + index / cols) * pitch + index % cols) as usize] = carried[step];
         }
     }
 }
 
-/// The plane's rows as matrices `[16 / m][head_dim / k]`, out of a list of the cube's rows. The stage is
-/// overwritten, and free again for all on return.
+/// The plane's rows as matrices `[plane_rows / m][head_dim / k]`, out of a list of the cube's rows. The
+/// stage is overwritten, and free again for all on return.
 #[cube]
 pub(crate) fn load_rows<E: Float, N: Size>(
     source: &Tensor<Vector<E, N>>,
@@ -200,7 +267,7 @@ pub(crate) fn load_rows<E: Float, N: Size>(
     let plane = UNIT_POS / PLANE_DIM;
     let mut matrices = Sequence::<Matrix<E>>::new();
     #[unroll]
-    for _ in 0..comptime!(ROWS / size.m * tile.head_dim / size.k) {
+    for _ in 0..comptime!(tile.plane_rows / size.m * tile.head_dim / size.k) {
         // SAFETY: loaded below, in the round that stages the plane's rows.
         let matrix = unsafe {
             Matrix::<E>::uninitialized(MatrixIdent::A, size.m, size.n, size.k, MatrixLayout::RowMajor)
@@ -208,15 +275,15 @@ pub(crate) fn load_rows<E: Float, N: Size>(
         matrices.push(matrix);
     }
     let mut carried = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
-    // A round stages as many rows as a key tile has keys, whole planes at a time.
+    // A round stages as many rows as a key tile has keys, whole matrices at a time.
     for round in 0..comptime!((tile.rows() / tile.keys) as u32) {
         let first = round * comptime!(tile.keys as u32);
         carry_rows::<E, N>(source, base, rows, first, &mut carried, tile);
-        put_rows::<E, N>(&carried, stage, 0usize, tile);
+        put_rows::<E, N>(&carried, stage, 0, tile);
         sync_cube();
         #[unroll]
-        for row in 0..comptime!(ROWS / size.m) {
-            let slot = plane * comptime!(ROWS as u32) + comptime!((row * size.m) as u32);
+        for row in 0..comptime!(tile.plane_rows / size.m) {
+            let slot = plane * comptime!(tile.plane_rows as u32) + comptime!((row * size.m) as u32);
             if slot >= first && slot < first + comptime!(tile.keys as u32) {
                 #[unroll]
                 for step in 0..comptime!(tile.head_dim / size.k) {
@@ -235,34 +302,38 @@ pub(crate) fn load_rows<E: Float, N: Size>(
     matrices
 }
 
-/// Writes the plane's rows x staged keys^T to its part of `scores`.
+/// Writes the plane's rows x staged keys^T, those from row `first_row` of the stage on, to its part of
+/// `scores`.
 #[cube]
 pub(crate) fn plane_scores<E: Float, N: Size>(
     rows: &Sequence<Matrix<E>>,
     stage: &SharedMemory<Vector<E, N>>,
-    scores: &mut SharedMemory<f32>,
+    first_row: u32,
+    scores: &mut SharedMemory<Quad<f32>>,
     #[comptime] tile: PlaneTile,
 ) {
     let size = comptime!(tile.fragments);
     let width = N::value();
     let pitch = comptime!(tile.pitch(width) as u32);
-    let score_pitch = comptime!(tile.score_pitch() as u32);
     let steps = comptime!(tile.head_dim / size.k);
     let plane = UNIT_POS / PLANE_DIM;
+    let staged = first_row * pitch;
     if plane < comptime!(tile.planes as u32) {
         #[unroll]
         for key in 0..comptime!(tile.keys / size.n) {
-            let sums = zero_matrices(comptime!(ROWS / size.m), tile);
+            let sums = zero_matrices(comptime!(tile.plane_rows / size.m), size);
             #[unroll]
             for step in 0..steps {
-                let at = comptime!((key * size.n) as u32) * pitch + comptime!((step * size.k / width) as u32);
+                let at = staged
+                    + comptime!((key * size.n) as u32) * pitch
+                    + comptime!((step * size.k / width) as u32);
                 // SAFETY: loaded right away.
                 let keys = unsafe {
                     Matrix::<E>::uninitialized(MatrixIdent::B, size.m, size.n, size.k, MatrixLayout::ColMajor)
                 };
                 cmma::load(&keys, &stage.slice(at as usize, at as usize + 1), pitch * width as u32);
                 #[unroll]
-                for row in 0..comptime!(ROWS / size.m) {
+                for row in 0..comptime!(tile.plane_rows / size.m) {
                     let sum = sums.index(row);
                     cmma::execute::<E, E, f32, f32>(
                         rows.index(comptime!(row * steps + step)),
@@ -273,33 +344,26 @@ pub(crate) fn plane_scores<E: Float, N: Size>(
                 }
             }
             #[unroll]
-            for row in 0..comptime!(ROWS / size.m) {
-                let slot = plane * comptime!(ROWS as u32) + comptime!((row * size.m) as u32);
-                let at = (slot * score_pitch + comptime!((key * size.n) as u32)) as usize;
-                let mut target = scores.slice_mut(at, at + 1);
-                cmma::store(&mut target, sums.index(row), score_pitch, MatrixLayout::RowMajor);
+            for row in 0..comptime!(tile.plane_rows / size.m) {
+                let slot = plane * comptime!(tile.plane_rows as u32) + comptime!((row * size.m) as u32);
+                store_scores(sums.index(row), scores, slot, comptime!(key * size.n), tile);
             }
         }
     }
 }
 
-/// Accumulators, all zero.
+/// Writes a matrix to `scores`, from a row and a column on.
 #[cube]
-pub(crate) fn zero_matrices(#[comptime] count: usize, #[comptime] tile: PlaneTile) -> Sequence<Matrix<f32>> {
-    let size = comptime!(tile.fragments);
-    let mut matrices = Sequence::<Matrix<f32>>::new();
-    #[unroll]
-    for _ in 0..count {
-        matrices.push(Matrix::from_value(
-            MatrixIdent::Accumulator,
-            size.m,
-            size.n,
-            size.k,
-            MatrixLayout::Undefined,
-            0.0f32,
-        ));
-    }
-    matrices
+pub(crate) fn store_scores(
+    matrix: &Matrix<f32>,
+    scores: &mut SharedMemory<Quad<f32>>,
+    row: u32,
+    #[comptime] col: usize,
+    #[comptime] tile: PlaneTile,
+) {
+    let pitch = comptime!(tile.score_pitch() as u32);
+    let at = (row * comptime!(pitch / QUAD as u32) + comptime!((col / QUAD) as u32)) as usize;
+    cmma::store(&mut scores.slice_mut(at, at + 1), matrix, pitch, MatrixLayout::RowMajor);
 }
 
 /// The largest, and the sum, of a value over the units that share a row.

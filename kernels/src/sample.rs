@@ -11,9 +11,9 @@ use crate::{
     call::Call,
     mma_columns::column_scores_mma,
     mma_rows::row_lse_mma,
-    square_tile::{
-        MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_products, new_stage, score_tile,
-    },
+    plane_columns::column_scores_plane,
+    plane_rows::row_lse_plane,
+    square_tile::{MASKED, MAX_START, NO_ROW, PART, SquareTile, head_base, new_stage, score_tile},
     tensor::{array, grid},
     walk::Sizes,
 };
@@ -46,6 +46,10 @@ pub(crate) fn row_lse<R: Runtime>(call: &Call<'_, R>) -> Sampled {
         row_lse_mma(call, &sampled, tiles.sample);
         return sampled;
     }
+    if let Some(tiles) = call.plane {
+        row_lse_plane(call, &sampled, tiles.sample);
+        return sampled;
+    }
     // SAFETY: the kernel reads rows below q_len and keys below kv_len only.
     unsafe {
         row_lse_kernel::launch_unchecked::<R>(
@@ -61,7 +65,7 @@ pub(crate) fn row_lse<R: Runtime>(call: &Call<'_, R>) -> Sampled {
             call.sizes(),
             call.scale,
             tile,
-            call.square_types(),
+            call.inputs.q.dtype,
         );
     }
     sampled
@@ -92,6 +96,10 @@ pub(crate) fn column_scores<R: Runtime>(
         column_scores_mma(call, sampled, columns, levels, &scores, tiles.sample);
         return scores;
     }
+    if let Some(tiles) = call.plane {
+        column_scores_plane(call, sampled, columns, levels, &scores, tiles.sample);
+        return scores;
+    }
     // SAFETY: as above; scores are written for columns below `columns` only.
     unsafe {
         column_scores_kernel::launch_unchecked::<R>(
@@ -109,7 +117,7 @@ pub(crate) fn column_scores<R: Runtime>(
             call.sizes(),
             call.scale,
             config,
-            call.square_types(),
+            call.inputs.q.dtype,
         );
     }
     scores
@@ -122,14 +130,19 @@ pub(crate) fn list_sampled_rows(
     rows: &Array<u32>,
     first: u32,
     samples: u32,
-    #[comptime] edge: u32,
+    #[comptime] count: u32,
+    #[comptime] units: u32,
 ) {
-    if UNIT_POS < edge {
-        let mut row = NO_ROW.runtime();
-        if first + UNIT_POS < samples {
-            row = rows[(first + UNIT_POS) as usize];
+    #[unroll]
+    for step in 0..comptime!(count.div_ceil(units)) {
+        let slot = UNIT_POS + comptime!(step * units);
+        if slot < count {
+            let mut row = NO_ROW.runtime();
+            if first + slot < samples {
+                row = rows[(first + slot) as usize];
+            }
+            list[slot as usize] = row;
         }
-        list[UNIT_POS as usize] = row;
     }
 }
 
@@ -146,7 +159,7 @@ pub(crate) fn list_keys(list: &mut SharedMemory<u32>, first: u32, kv_len: u32, #
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn row_lse_kernel<E: Float, S: Float, N: Size>(
+fn row_lse_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
     k: &Tensor<Vector<E, N>>,
     rows: &Array<u32>,
@@ -154,10 +167,11 @@ fn row_lse_kernel<E: Float, S: Float, N: Size>(
     sizes: Sizes,
     scale: f32,
     #[comptime] tile: SquareTile,
-    #[define(E, S)] _dtypes: [StorageType; 2],
+    #[define(E)] _dtype: StorageType,
 ) {
     let edge = comptime!(tile.edge as u32);
     let side = comptime!(tile.side() as u32);
+    let units = comptime!(tile.units() as u32);
     let unit_row = UNIT_POS / side;
     let unit_col = UNIT_POS % side;
     let heads = q.shape(0) as u32 * sizes.q_heads;
@@ -176,9 +190,8 @@ fn row_lse_kernel<E: Float, S: Float, N: Size>(
 
     let mut q_rows = SharedMemory::<u32>::new(tile.edge);
     let mut k_rows = SharedMemory::<u32>::new(tile.edge);
-    let mut stage = new_stage::<S, N>(tile);
-    let mut products = new_products(tile, false);
-    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge);
+    let mut stage = new_stage::<N>(tile);
+    list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge, units);
 
     // Each unit keeps the maximum and the sum of its own columns; they meet at the end.
     let mut maximum = Array::<f32>::new(PART);
@@ -194,18 +207,7 @@ fn row_lse_kernel<E: Float, S: Float, N: Size>(
     for key_tile in 0..key_tiles {
         sync_cube();
         list_keys(&mut k_rows, key_tile * edge, sizes.kv_len, edge);
-        score_tile::<E, S, N>(
-            q,
-            q_base,
-            &q_rows,
-            k,
-            k_base,
-            &k_rows,
-            &mut stage,
-            &mut products,
-            &mut scores,
-            tile,
-        );
+        score_tile::<E, N>(q, q_base, &q_rows, k, k_base, &k_rows, &mut stage, &mut scores, tile);
         #[unroll]
         for i in 0..PART {
             let row = q_rows[(unit_row + comptime!(i as u32) * side) as usize];
@@ -252,7 +254,7 @@ fn row_lse_kernel<E: Float, S: Float, N: Size>(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn column_scores_kernel<E: Float, S: Float, N: Size>(
+fn column_scores_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
     k: &Tensor<Vector<E, N>>,
     rows: &Array<u32>,
@@ -262,11 +264,12 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
     sizes: Sizes,
     scale: f32,
     #[comptime] config: SampleConfig,
-    #[define(E, S)] _dtypes: [StorageType; 2],
+    #[define(E)] _dtype: StorageType,
 ) {
     let tile = comptime!(config.tile);
     let edge = comptime!(tile.edge as u32);
     let side = comptime!(tile.side() as u32);
+    let units = comptime!(tile.units() as u32);
     let unit_row = UNIT_POS / side;
     let unit_col = UNIT_POS % side;
     let heads = q.shape(0) as u32 * sizes.q_heads;
@@ -290,8 +293,11 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
     let mut k_rows = SharedMemory::<u32>::new(tile.edge);
     let mut row_lse = SharedMemory::<f32>::new(tile.edge);
     let mut row_level = SharedMemory::<u32>::new(tile.edge);
-    let mut stage = new_stage::<S, N>(tile);
-    let mut products = new_products(tile, comptime!(config.levels > 1));
+    let mut stage = new_stage::<N>(tile);
+    let mut masses = SharedMemory::<f32>::new(comptime!(match config.levels {
+        1 => 1,
+        _ => tile.edge * tile.edge,
+    }));
     list_keys(&mut k_rows, first_key, sizes.kv_len, edge);
 
     // With one level, sums stay with their units until the end; with more, whole tiles of masses
@@ -324,7 +330,7 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
         // The same for the whole cube, so the barriers below stay uniform.
         if position + last_row >= first_key {
             sync_cube();
-            list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge);
+            list_sampled_rows(&mut q_rows, rows, first, sizes.samples, edge, units);
             if UNIT_POS < edge {
                 let row = q_rows[UNIT_POS as usize];
                 let mut level = comptime!(config.levels as u32).runtime();
@@ -335,18 +341,7 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
                 }
                 row_level[UNIT_POS as usize] = level;
             }
-            score_tile::<E, S, N>(
-                q,
-                q_base,
-                &q_rows,
-                k,
-                k_base,
-                &k_rows,
-                &mut stage,
-                &mut products,
-                &mut scores,
-                tile,
-            );
+            score_tile::<E, N>(q, q_base, &q_rows, k, k_base, &k_rows, &mut stage, &mut scores, tile);
             #[unroll]
             for i in 0..PART {
                 let slot = (unit_row + comptime!(i as u32) * side) as usize;
@@ -361,7 +356,7 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
                     if comptime!(config.levels == 1) {
                         sums[j] += mass;
                     } else {
-                        products[slot * tile.edge + col as usize] = mass;
+                        masses[slot * tile.edge + col as usize] = mass;
                     }
                 }
             }
@@ -373,7 +368,7 @@ fn column_scores_kernel<E: Float, S: Float, N: Size>(
                         let level = row_level[slot as usize];
                         if level < comptime!(config.levels as u32) {
                             by_level[(level * edge + UNIT_POS) as usize] +=
-                                products[(slot * edge + UNIT_POS) as usize];
+                                masses[(slot * edge + UNIT_POS) as usize];
                         }
                     }
                 }

@@ -145,6 +145,40 @@ pub(crate) fn key_at(
     slot: u32,
     #[comptime] tile: WalkTile,
 ) -> u32 {
+    key_of(walk, plan, sizes, index, slot, stripe_at(walk, plan, index, slot, tile), tile)
+}
+
+/// The stripe in `slot` of key tile `index`; any number if none is there.
+#[cube]
+pub(crate) fn stripe_at(
+    walk: &Walk,
+    plan: &PlanArgs,
+    index: u32,
+    slot: u32,
+    #[comptime] tile: WalkTile,
+) -> u32 {
+    let mut stripe = 0u32.runtime();
+    if comptime!(!tile.dense) {
+        let entry = index * tile.key_tile + slot;
+        // Without a stripe, or in a dense walk, the prefix is empty.
+        if entry < walk.prefix {
+            stripe = plan.stripes[walk.stripe_base + entry as usize] as u32;
+        }
+    }
+    stripe
+}
+
+/// [`key_at`], given its [`stripe_at`].
+#[cube]
+pub(crate) fn key_of(
+    walk: &Walk,
+    plan: &PlanArgs,
+    sizes: &Sizes,
+    index: u32,
+    slot: u32,
+    stripe: u32,
+    #[comptime] tile: WalkTile,
+) -> u32 {
     let mut key = index * tile.key_tile + slot;
     if comptime!(!tile.dense) {
         if !walk.dense {
@@ -152,7 +186,6 @@ pub(crate) fn key_at(
                 let entry = key;
                 key = NO_ROW;
                 if entry < walk.prefix {
-                    let stripe = plan.stripes[walk.stripe_base + entry as usize] as u32;
                     // A stripe inside a kept band is visited with that band.
                     let distance = walk.block - stripe / tile.block;
                     let rank = walk.rank_base + distance;
