@@ -151,7 +151,11 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let mut stripe = 0u32.runtime();
     if UNIT_POS < keys {
         k_rows[UNIT_POS as usize] = key_at(&walk, plan, &sizes, 0, UNIT_POS, config.walk);
-        k_rows[(keys + UNIT_POS) as usize] = key_at(&walk, plan, &sizes, 1, UNIT_POS, config.walk);
+        let mut key = NO_ROW.runtime();
+        if walk.tiles > 1 {
+            key = key_at(&walk, plan, &sizes, 1, UNIT_POS, config.walk);
+        }
+        k_rows[(keys + UNIT_POS) as usize] = key;
         stripe = stripe_at(&walk, plan, 2, UNIT_POS, config.walk);
     }
     sync_cube();

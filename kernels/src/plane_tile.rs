@@ -182,14 +182,10 @@ pub(crate) fn carry_rows<E: Float, N: Size>(
 ) {
     let width = N::value();
     let cols = comptime!((tile.head_dim / width) as u32);
-    let total = comptime!(tile.keys as u32 * cols);
     #[unroll]
     for step in 0..comptime!(tile.carried(width)) {
-        let index = UNIT_POS + comptime!((step * tile.units()) as u32);
-        let mut row = NO_ROW.runtime();
-        if index < total {
-            row = rows[(first_slot + index / cols) as usize];
-        }
+        let index = carried_index(step, width, tile);
+        let row = rows[(first_slot + index / cols) as usize];
         carried[step] = load_vector::<E, N>(source, base, row, index % cols);
     }
 }
@@ -208,13 +204,24 @@ pub(crate) fn carry_span<E: Float, N: Size>(
     let cols = comptime!((tile.head_dim / width) as u32);
     #[unroll]
     for step in 0..comptime!(tile.carried(width)) {
-        let index = UNIT_POS + comptime!((step * tile.units()) as u32);
+        let index = carried_index(step, width, tile);
         let row = first + index / cols;
         carried[step] = load_vector::<E, N>(source, base, select(row < end, row, NO_ROW), index % cols);
     }
 }
 
-/// A vector of a row, or zeros without a row.
+/// Which vector of a key tile the unit carries in a step. Behind the last one, that one again.
+#[cube]
+fn carried_index(#[comptime] step: usize, #[comptime] width: usize, #[comptime] tile: PlaneTile) -> u32 {
+    let mut index = UNIT_POS + comptime!((step * tile.units()) as u32);
+    let last = comptime!((tile.keys * tile.head_dim / width - 1) as u32);
+    if comptime!((step + 1) * tile.units() > last as usize + 1) {
+        index = index.min(last);
+    }
+    index
+}
+
+/// A vector of a row, or zeros without a row. It is loaded in either case, so that loads wait for nothing.
 #[cube]
 fn load_vector<E: Float, N: Size>(
     source: &Tensor<Vector<E, N>>,
@@ -222,10 +229,11 @@ fn load_vector<E: Float, N: Size>(
     row: u32,
     col: u32,
 ) -> Vector<E, N> {
-    let mut value = Vector::<E, N>::new(E::from_int(0));
-    if row != NO_ROW {
-        let row_stride = source.stride(2) / N::value();
-        value = source[base + row as usize * row_stride + col as usize];
+    let row_stride = source.stride(2) / N::value();
+    let exists = row != NO_ROW;
+    let mut value = source[base + select(exists, row, 0) as usize * row_stride + col as usize];
+    if !exists {
+        value = Vector::new(E::from_int(0));
     }
     value
 }
@@ -240,12 +248,13 @@ pub(crate) fn put_rows<E: Float, N: Size>(
 ) {
     let width = N::value();
     let cols = comptime!((tile.head_dim / width) as u32);
-    let total = comptime!(tile.keys as u32 * cols);
     let pitch = comptime!(tile.pitch(width) as u32);
     #[unroll]
     for step in 0..comptime!(tile.carried(width)) {
         let index = UNIT_POS + comptime!((step * tile.units()) as u32);
-        if index < total {
+        // All but the last step are full, which needs no question.
+        let full = comptime!((step + 1) * tile.units() <= tile.keys * tile.head_dim / width);
+        if full || index < comptime!(tile.keys as u32 * cols) {
             stage[((first_row + index / cols) * pitch + index % cols) as usize] = carried[step];
         }
     }
