@@ -55,7 +55,7 @@ impl PlaneTile {
         let fragments = Fragments::new(properties, dtype)?;
         let hardware = &properties.hardware;
         let fits = |tile: &Self| {
-            tile.keys <= tile.rows()
+            tile.keys <= tile.rows().min(tile.units())
                 && block_size.is_multiple_of(tile.rows())
                 && block_size.is_multiple_of(tile.keys)
                 && hardware.max_units_per_cube as usize >= tile.units()
