@@ -5,10 +5,8 @@ use cubecl::{prelude::*, server::Handle};
 
 use crate::{
     call::Call,
-    plane_tile::{
-        PlaneTile, Quad, carry_rows, load_rows, new_scores, new_stage, plane_scores, put_rows, quad_at,
-        quad_sum, shared_sum, unit_row,
-    },
+    plane_stage::{carry_rows, load_rows, new_stage, put_rows},
+    plane_tile::{PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_sum, shared_sum, unit_row},
     sample::{Levels, Sampled},
     square_tile::{MAX_START, NO_ROW, head_base},
     tensor::{array, grid},

@@ -6,9 +6,10 @@ use cubecl::{prelude::*, server::Handle};
 use crate::{
     band_mass::add_band_masses,
     call::Call,
+    plane_stage::{carry_span, load_rows, new_stage, put_rows},
     plane_tile::{
-        PlaneTile, Quad, carry_span, load_rows, new_scores, new_stage, plane_scores, put_rows, quad_at,
-        quad_max, quad_sum, shared_max, shared_sum, unit_row,
+        PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_max, quad_sum, shared_max, shared_sum,
+        unit_row,
     },
     sample::{Sampled, list_sampled_rows},
     square_tile::{MASKED, MAX_START, NO_ROW, head_base},
