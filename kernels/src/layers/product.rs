@@ -1,16 +1,14 @@
-//! `y = x Wᵀ` for many rows of x, by `mma.sync` m16n8k16: tiles of x and of the weight come through shared memory
-//! by asynchronous copies, some steps ahead; sums stay in registers until bias and residual are added.
+//! `y = x Wᵀ` for many rows of x, by `mma.sync` m16n8k16: the device copies tiles of x and of the weight to shared
+//! memory (TMA), some steps ahead; sums stay in registers until bias and residual are added.
 //!
 //! A cube computes [`ROWS`] x [`FEATURES`] of y, each of its planes 64 x 64. Cubes that run at the same time lie
 //! together, so that what they read stays in the cache.
 
 use cubecl::{
     cmma::MmaDefinition,
-    ir::MatrixIdent,
-    prelude::{
-        barrier::{Barrier, copy_async_checked},
-        *,
-    },
+    ir::{MatrixIdent, features::Tma},
+    prelude::{barrier::Barrier, *},
+    zspace::{shape, strides},
 };
 
 use super::{
@@ -19,7 +17,7 @@ use super::{
 };
 use crate::{
     Error,
-    mma_tile::{BARRIER_BYTES, MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, zero_products},
+    mma_tile::{MmaTile, PLANE, Pair, WIDE, Wide, lane, plane, zero_products},
 };
 
 /// Rows of x from which layers take [`product`]: a quarter of what a cube computes at once.
@@ -35,35 +33,35 @@ const DEPTH: usize = 64;
 const STAGES: usize = 4;
 /// Steps that a stage is filled ahead of its use: fewer than there are stages, so that planes that are behind
 /// may still read the stage before.
-const AHEAD: usize = 2;
+const AHEAD: usize = 3;
 /// Planes along the features; four times as many in all.
 const FEATURE_PLANES: usize = 2;
 /// Rows and features of a plane.
 const SIDE: usize = 64;
 const UNITS: usize = ROWS / SIDE * FEATURE_PLANES * PLANE;
-/// Distance of staged rows, in vectors: one more than they hold, for loads without bank conflicts.
-const PITCH: usize = DEPTH / WIDE + 1;
-/// Rows that the cube's units copy at a time.
-const COPIED_ROWS: usize = UNITS * WIDE / DEPTH;
-/// Copies of a unit into a stage.
-const X_COPIES: usize = ROWS / COPIED_ROWS;
-const W_COPIES: usize = FEATURES / COPIED_ROWS;
-/// Times that operands are loaded out of a stage; copies are started at all but the last.
+/// Vectors of a staged row. They are swizzled: vector `c` of row `r` stands at `c ^ (r % 8)`, so that loads are
+/// without bank conflicts.
+const VECTORS: usize = DEPTH / WIDE;
+/// What is loaded into a stage, with zeros beyond the ends of the matrices.
+const STAGE_BYTES: usize = (ROWS + FEATURES) * VECTORS * 16;
+/// Of the stages, in bytes, so that swizzles begin with their rows; barriers have room beside them.
+const ALIGNMENT: usize = 1024;
+/// Rows of a weight that are loaded at a time where planes have gates beside values.
+const GATES: usize = SIDE / 2;
+/// Times that operands are loaded out of a stage.
 const LOADS: usize = DEPTH / 16;
-const COPIES_AT_ONCE: usize = (X_COPIES + W_COPIES) / (LOADS - 1);
 /// Tiles of rows that cubes side by side cover before they go on to the next features.
-const BAND: usize = 8;
+const BAND: usize = 6;
 
-/// Runtime sizes. Strides of x and the weights are in [`Wide`] vectors, those of y and the residual in pairs.
+/// Runtime sizes. Strides are in pairs.
 #[derive(CubeLaunch, CubeType, Clone, Copy)]
 struct ProductSizes {
     rows: u32,
-    inputs: u32,
     outputs: u32,
-    x_stride: u32,
-    weight_stride: u32,
-    /// Where the values begin in their weight, in [`Wide`] vectors.
-    first_value: usize,
+    /// Of all stages, through the inputs. What is loaded from beyond the inputs is zero.
+    rounds: u32,
+    /// Where the values begin in their weight, in rows.
+    first_value: u32,
     residual_stride: u32,
     y_stride: u32,
 }
@@ -71,8 +69,10 @@ struct ProductSizes {
 /// Whether [`product`] and [`gated_product`] multiply this type on this device.
 pub fn multiplies<R: Runtime>(client: &ComputeClient<R>, dtype: StorageType) -> bool {
     let properties = client.properties();
-    let bytes = STAGES * (ROWS + FEATURES) * PITCH * 16 + BARRIER_BYTES;
-    MmaTile::is_supported(properties, dtype) && properties.hardware.max_shared_memory_size >= bytes
+    let bytes = STAGES * STAGE_BYTES + ALIGNMENT;
+    MmaTile::is_supported(properties, dtype)
+        && properties.features.tma.contains(Tma::Base)
+        && properties.hardware.max_shared_memory_size >= bytes
 }
 
 /// What a call reads and writes, by name and by the elements of a vector.
@@ -81,7 +81,7 @@ type Accesses<'a> = &'a [(&'static str, &'a RowsView, usize)];
 fn check_support<R: Runtime>(client: &ComputeClient<R>, accesses: Accesses<'_>) -> Result<(), Error> {
     let dtype = accesses[0].1.dtype;
     if !multiplies(client, dtype) {
-        return Err(Error::Unsupported(format!("matrix products of {dtype} by mma.sync")));
+        return Err(Error::Unsupported(format!("matrix products of {dtype} by mma.sync and TMA")));
     }
     if let Some((name, view, width)) = accesses.iter().find(|(_, view, width)| !view.fits_width(*width)) {
         let found = format!("{} and {}", view.width, view.stride);
@@ -93,8 +93,8 @@ fn check_support<R: Runtime>(client: &ComputeClient<R>, accesses: Accesses<'_>) 
 /// Launches a projection of any number of rows.
 ///
 /// # Errors
-/// As [`linear`](super::linear()), and a device without `mma.sync`, types that it does not multiply (f32), or rows
-/// that are no multiple of 16 bytes.
+/// As [`linear`](super::linear()), and a device without `mma.sync` or TMA, types that it does not multiply (f32), or
+/// rows that are no multiple of 16 bytes.
 pub fn product<R: Runtime>(client: &ComputeClient<R>, call: &Linear<'_>) -> Result<(), Error> {
     let Linear { x, weight, bias, residual, y } = *call;
     check_linear(call)?;
@@ -119,11 +119,24 @@ pub fn gated_product<R: Runtime>(
     check_gated(x, gate, up, y)?;
     let other = up.unwrap_or(gate);
     check_support(client, &[("x", x, WIDE), ("gate", gate, WIDE), ("up", other, WIDE), ("y", y, 2)])?;
-    let first_value = if up.is_some() { 0 } else { y.width * gate.stride / WIDE };
+    let first_value = if up.is_some() { 0 } else { y.width };
     launch(client, x, [gate, other], Some(first_value), [None, None], y)
 }
 
-/// With gates, values begin at vector `first_value` of the second weight.
+/// A matrix from which so many rows are loaded at a time.
+fn map<R: Runtime>(view: &RowsView, rows: usize) -> TensorMapArg<R, Tiled> {
+    // A single row may have any stride; a map takes whole vectors only.
+    let stride = if view.rows == 1 { view.width } else { view.stride };
+    // SAFETY: the memory was checked to hold all rows.
+    let tensor = unsafe {
+        TensorArg::from_raw_parts(view.handle.clone(), strides![stride, 1], shape![view.rows, view.width])
+    };
+    TensorMapArg::new(TiledArgs::new(shape![rows, DEPTH]), tensor, view.dtype)
+        .with_swizzle(TensorMapSwizzle::B128)
+        .with_prefetch(TensorMapPrefetch::B128)
+}
+
+/// With gates, values begin at row `first_value` of the second weight.
 fn launch<R: Runtime>(
     client: &ComputeClient<R>,
     x: &RowsView,
@@ -133,14 +146,12 @@ fn launch<R: Runtime>(
     y: &RowsView,
 ) -> Result<(), Error> {
     let address = check_device(client, &[x, weight, up, y])?;
-    let features = if first_value.is_some() { FEATURES / 2 } else { FEATURES };
+    let (features, loaded) = if first_value.is_some() { (FEATURES / 2, GATES) } else { (FEATURES, FEATURES) };
     let sizes = ProductSizesLaunch::new(
         x.rows as u32,
-        (x.width / WIDE) as u32,
         y.width as u32,
-        (x.stride / WIDE) as u32,
-        (weight.stride / WIDE) as u32,
-        first_value.unwrap_or(0),
+        x.width.div_ceil(STAGES * DEPTH) as u32,
+        first_value.unwrap_or(0) as u32,
         residual.map_or(0, |residual| residual.stride / 2) as u32,
         (y.stride / 2) as u32,
     );
@@ -151,13 +162,17 @@ fn launch<R: Runtime>(
         .hardware
         .num_streaming_multiprocessors
         .map_or(tiles, |all| tiles.min(all as usize));
-    // SAFETY: rows, features and vectors beyond the sizes are neither read nor written; sizes were checked.
+    // SAFETY: maps end where the matrices do, and rows and features beyond the sizes are not written; sizes were
+    // checked.
     unsafe {
         product_kernel::launch_unchecked::<R>(
             client,
             CubeCount::Static(cubes as u32, 1, 1),
             CubeDim::new_1d(UNITS as u32),
             address,
+            map(x, ROWS),
+            map(weight, loaded),
+            map(up, loaded),
             x.arg(),
             weight.arg(),
             up.arg(),
@@ -172,72 +187,54 @@ fn launch<R: Runtime>(
     Ok(())
 }
 
-/// Where a unit's copies come from: a column of one row of a tile, and of every [`COPIED_ROWS`]-th after it.
+/// What is loaded next: the tile's first row and feature, and the first element of both.
 #[derive(CubeType, Clone, Copy)]
 struct Source {
     row: u32,
-    last_row: u32,
-    column: u32,
-    stride: u32,
-    inputs: u32,
+    feature: u32,
+    element: u32,
 }
 
-/// Starts to copy vector `column` of a row into a stage; zeros where rows are not that long. Rows beyond the
-/// last repeat it: what they add up to is not stored.
+/// Starts to fill a stage, which is full once all has arrived, and goes on to the next elements; for one unit. With
+/// gates, each plane has gates and values of the same features.
 #[cube]
-fn copy_vector<E: Float>(
-    matrix: &Array<Wide<E>>,
-    first: usize,
-    row: u32,
-    source: &Source,
-    stage: &mut SharedMemory<Wide<E>>,
-    to: u32,
-) {
-    let from = first + min(row, source.last_row) as usize * source.stride as usize + source.column as usize;
-    let length = usize::cast_from(source.column < source.inputs);
-    copy_async_checked(
-        &matrix.slice(from, from + length),
-        &mut stage.slice_mut(to as usize, to as usize + 1),
-        comptime!(WIDE as u32),
-    );
-}
-
-/// Starts copy number `index` of a unit: rows of x first, then features. With gates, each plane has gates and
-/// values of the same features.
-#[cube]
-fn start_copy<E: Float>(
-    x: &Array<Wide<E>>,
-    weight: &Array<Wide<E>>,
-    values: &Array<Wide<E>>,
-    x_source: &Source,
-    w_source: &Source,
-    first_value: usize,
+fn fill_stage<E: Float>(
+    x: &TensorMap<E, Tiled>,
+    weight: &TensorMap<E, Tiled>,
+    values: &TensorMap<E, Tiled>,
+    source: &mut Source,
+    first_value: u32,
     x_stage: &mut SharedMemory<Wide<E>>,
     w_stage: &mut SharedMemory<Wide<E>>,
-    slot: u32,
+    full: &Shared<Barrier>,
     #[comptime] stage: usize,
-    #[comptime] index: usize,
     #[comptime] gated: bool,
 ) {
-    if comptime!(index < X_COPIES) {
-        let row = x_source.row + comptime!((index * COPIED_ROWS) as u32);
-        let to = slot + comptime!(((stage * ROWS + index * COPIED_ROWS) * PITCH) as u32);
-        copy_vector::<E>(x, 0, row, x_source, x_stage, to);
-    } else {
-        let part = comptime!(index - X_COPIES);
-        let to = slot + comptime!(((stage * FEATURES + part * COPIED_ROWS) * PITCH) as u32);
-        if comptime!(!gated) {
-            let row = w_source.row + comptime!((part * COPIED_ROWS) as u32);
-            copy_vector::<E>(weight, 0, row, w_source, w_stage, to);
-        } else {
-            let row = w_source.row + comptime!((part / 2 * COPIED_ROWS) as u32);
-            if comptime!(part % 2 == 1) {
-                copy_vector::<E>(values, first_value, row, w_source, w_stage, to);
-            } else {
-                copy_vector::<E>(weight, 0, row, w_source, w_stage, to);
-            }
+    full.arrive_and_expect_tx(1, comptime!(STAGE_BYTES as u32));
+    let (row, feature, element) = (source.row as i32, source.feature as i32, source.element as i32);
+    let at = comptime!(stage * ROWS * VECTORS);
+    full.tma_load_2d(x, &mut x_stage.slice_mut(at, at + comptime!(ROWS * VECTORS)), row, element);
+    if comptime!(gated) {
+        let value = feature + first_value as i32;
+        #[unroll]
+        for plane in 0..FEATURE_PLANES {
+            let step = comptime!((plane * GATES) as i32);
+            let at = comptime!((stage * FEATURES + plane * SIDE) * VECTORS);
+            let middle = comptime!(at + GATES * VECTORS);
+            let end = comptime!(at + SIDE * VECTORS);
+            full.tma_load_2d(weight, &mut w_stage.slice_mut(at, middle), feature + step, element);
+            full.tma_load_2d(values, &mut w_stage.slice_mut(middle, end), value + step, element);
         }
+    } else {
+        let at = comptime!(stage * FEATURES * VECTORS);
+        full.tma_load_2d(
+            weight,
+            &mut w_stage.slice_mut(at, at + comptime!(FEATURES * VECTORS)),
+            feature,
+            element,
+        );
     }
+    source.element += comptime!(DEPTH as u32);
 }
 
 /// What a plane multiplies at a time: [`SIDE`] rows and as many features, 16 elements of each.
@@ -262,7 +259,7 @@ fn new_operands<E: Float>() -> Operands<E> {
     Operands::<E> { rows, features }
 }
 
-/// Loads the plane's operands number `k` of a stage.
+/// Loads the plane's operands number `k` of a stage; `x_at` and `w_at` are where the unit's first vectors stand.
 #[cube]
 fn load_operands<E: Float>(
     x_stage: &SharedMemory<Wide<E>>,
@@ -274,10 +271,13 @@ fn load_operands<E: Float>(
     #[comptime] k: usize,
 ) {
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    // Vectors 2k and 2k + 1: the swizzle of the first two is in the places already.
+    let swizzle = comptime!(2 * k as u32);
+    let (x_at, w_at) = (x_at ^ swizzle, w_at ^ swizzle);
     #[unroll]
     for m in 0..comptime!(SIDE / 16) {
-        let at = (x_at + comptime!(((stage * ROWS + m * 16) * PITCH + k * 2) as u32)) as usize;
-        let row = x_stage.slice(at, at + 1);
+        let at = x_at + comptime!(((stage * ROWS + m * 16) * VECTORS) as u32);
+        let row = x_stage.slice(at as usize, at as usize + 1);
         let loaded = definition.load_matrix::<Wide<E>, Const<2>>(&row, MatrixIdent::A, 4usize, false);
         let target = operands.rows.index_mut(m);
         #[unroll]
@@ -287,8 +287,8 @@ fn load_operands<E: Float>(
     }
     #[unroll]
     for n in 0..comptime!(SIDE / 16) {
-        let at = (w_at + comptime!(((stage * FEATURES + n * 16) * PITCH + k * 2) as u32)) as usize;
-        let row = w_stage.slice(at, at + 1);
+        let at = w_at + comptime!(((stage * FEATURES + n * 16) * VECTORS) as u32);
+        let row = w_stage.slice(at as usize, at as usize + 1);
         let loaded = definition.load_matrix::<Wide<E>, Const<2>>(&row, MatrixIdent::B, 4usize, false);
         #[unroll]
         for half in 0..2usize {
@@ -318,11 +318,15 @@ fn pair<E: Float>(array: &ComptimeOption<Array<Pair<E>>>, at: usize) -> Pair<f32
     }
 }
 
+/// The arrays are those of the maps: CubeCL waits for what other streams write to arrays only.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn product_kernel<E: Float>(
-    x: &Array<Wide<E>>,
-    weight: &Array<Wide<E>>,
-    values: &Array<Wide<E>>,
+    x: &TensorMap<E, Tiled>,
+    weight: &TensorMap<E, Tiled>,
+    values: &TensorMap<E, Tiled>,
+    _x_array: &Array<Wide<E>>,
+    _weight_array: &Array<Wide<E>>,
+    _values_array: &Array<Wide<E>>,
     bias: &ComptimeOption<Array<Pair<E>>>,
     residual: &ComptimeOption<Array<Pair<E>>>,
     y: &mut Array<Pair<E>>,
@@ -339,66 +343,52 @@ fn product_kernel<E: Float>(
         terminate!();
     }
 
-    let stage_rows = comptime!(ROWS * PITCH);
-    let stage_features = comptime!(FEATURES * PITCH);
-    let mut x_stage = SharedMemory::<Wide<E>>::new_aligned(comptime!(STAGES * stage_rows), 16usize);
-    let mut w_stage = SharedMemory::<Wide<E>>::new_aligned(comptime!(STAGES * stage_features), 16usize);
-    // A stage is full when all copies are there, and free when all planes have read it.
+    let stage_rows = comptime!(STAGES * ROWS * VECTORS);
+    let stage_features = comptime!(STAGES * FEATURES * VECTORS);
+    let mut x_stage = SharedMemory::<Wide<E>>::new_aligned(stage_rows, ALIGNMENT);
+    let mut w_stage = SharedMemory::<Wide<E>>::new_aligned(stage_features, ALIGNMENT);
+    // A stage is full when all has arrived, and free when all planes have read it.
     let mut full = Sequence::<Shared<Barrier>>::new();
     let mut free = Sequence::<Shared<Barrier>>::new();
     #[unroll]
     for _ in 0..STAGES {
-        full.push(Barrier::shared(comptime!((UNITS / PLANE) as u32), UNIT_POS == 0));
+        full.push(Barrier::shared(1u32, UNIT_POS == 0));
         free.push(Barrier::shared(comptime!((UNITS / PLANE) as u32), UNIT_POS == 0));
     }
+    sync_async_proxy_shared();
     sync_cube();
 
-    let chunks = comptime!((DEPTH / WIDE) as u32);
-    let copied_row = UNIT_POS / chunks;
-    let slot = copied_row * comptime!(PITCH as u32) + UNIT_POS % chunks;
-    let column = UNIT_POS % chunks;
-    let inputs = sizes.inputs;
     let (row, feature) = tile_corner(tile, row_tiles, feature_tiles, features);
-    let (x_stride, w_stride) = (sizes.x_stride, sizes.weight_stride);
-    let mut x_source =
-        Source { row: row + copied_row, last_row: sizes.rows - 1, column, stride: x_stride, inputs };
-    let mut w_source =
-        Source { row: feature + copied_row, last_row: sizes.outputs - 1, column, stride: w_stride, inputs };
-    // Steps come in whole rounds of stages; those beyond the inputs add zeros.
-    let rounds = inputs.div_ceil(comptime!((STAGES * DEPTH / WIDE) as u32));
+    let mut source = Source { row, feature, element: 0u32.runtime() };
+    let fills_stages = UNIT_POS == 0;
     #[unroll]
     for stage in 0..AHEAD {
-        #[unroll]
-        for index in 0..comptime!(X_COPIES + W_COPIES) {
-            start_copy::<E>(
+        if fills_stages {
+            let barrier = full.index(stage);
+            fill_stage::<E>(
                 x,
                 weight,
                 values,
-                &x_source,
-                &w_source,
+                &mut source,
                 sizes.first_value,
                 &mut x_stage,
                 &mut w_stage,
-                slot,
+                barrier,
                 stage,
-                index,
                 gated,
             );
         }
-        full.index(stage).commit_copy_async();
-        arrive_once(full.index(stage));
-        x_source.column += chunks;
-        w_source.column += chunks;
     }
+    sync_plane();
 
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let lane = lane();
-    let pitch = comptime!(PITCH as u32);
+    let vectors = comptime!(VECTORS as u32);
     let plane_row = plane() / comptime!(FEATURE_PLANES as u32) * comptime!(SIDE as u32);
     let plane_feature = plane() % comptime!(FEATURE_PLANES as u32) * comptime!(SIDE as u32);
     // Matrices of a load: lanes 0..8 name the rows of the first one, and so on.
-    let x_at = (plane_row + lane % 16) * pitch + lane / 16;
-    let w_at = (plane_feature + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2;
+    let x_at = (plane_row + lane % 16) * vectors + ((lane / 16) ^ (lane % 8));
+    let w_at = (plane_feature + lane / 16 * 8 + lane % 8) * vectors + ((lane / 8 % 2) ^ (lane % 8));
     let mut sums = zero_products(comptime!(SIDE / 16 * (SIDE / 8)));
     // While one set is multiplied, the other one is loaded.
     let mut operands = Sequence::<Operands<E>>::new();
@@ -417,7 +407,7 @@ fn product_kernel<E: Float>(
             product[1] = Pair::new(0.0);
         }
         let next_tile = tile + CUBE_COUNT_X;
-        let end = round + rounds;
+        let end = round + sizes.rounds;
         while round < end {
             // Stages are filled ahead, at last with the beginning of the next tile.
             let goes_on = round + 1 < end || next_tile < tiles;
@@ -425,15 +415,6 @@ fn product_kernel<E: Float>(
             for stage in 0..STAGES {
                 let filled = comptime!((stage + AHEAD) % STAGES);
                 let fills = comptime!(stage + AHEAD < STAGES) || goes_on;
-                if comptime!(filled == 0) {
-                    if round + 1 == end {
-                        let (row, feature) = tile_corner(next_tile, row_tiles, feature_tiles, features);
-                        x_source.row = row + copied_row;
-                        w_source.row = feature + copied_row;
-                        x_source.column = column;
-                        w_source.column = column;
-                    }
-                }
                 #[unroll]
                 for k in 0..LOADS {
                     if comptime!(k + 1 < LOADS) {
@@ -448,35 +429,36 @@ fn product_kernel<E: Float>(
                         let target = operands.index_mut(0usize);
                         load_operands::<E>(&x_stage, &w_stage, x_at, w_at, target, next, 0usize);
                     }
-                    if fills {
-                        if comptime!(k == 0) {
+                    if comptime!(k == 1) {
+                        if fills && fills_stages {
                             let used = round + comptime!((filled < stage) as u32);
                             if used > 0 {
                                 free.index(filled).wait_parity((used + 1) % 2);
                             }
-                        }
-                        if comptime!(k + 1 < LOADS) {
-                            #[unroll]
-                            for index in 0..COPIES_AT_ONCE {
-                                start_copy::<E>(
-                                    x,
-                                    weight,
-                                    values,
-                                    &x_source,
-                                    &w_source,
-                                    sizes.first_value,
-                                    &mut x_stage,
-                                    &mut w_stage,
-                                    slot,
-                                    filled,
-                                    comptime!(k * COPIES_AT_ONCE + index),
-                                    gated,
-                                );
+                            if comptime!(filled == 0) {
+                                if round + 1 == end {
+                                    let (row, feature) =
+                                        tile_corner(next_tile, row_tiles, feature_tiles, features);
+                                    source.row = row;
+                                    source.feature = feature;
+                                    source.element = 0;
+                                }
                             }
-                        } else {
-                            full.index(filled).commit_copy_async();
-                            arrive_once(full.index(filled));
+                            let barrier = full.index(filled);
+                            fill_stage::<E>(
+                                x,
+                                weight,
+                                values,
+                                &mut source,
+                                sizes.first_value,
+                                &mut x_stage,
+                                &mut w_stage,
+                                barrier,
+                                filled,
+                                gated,
+                            );
                         }
+                        sync_plane();
                     }
                     let held = operands.index(comptime!(k % 2));
                     #[unroll]
@@ -491,8 +473,6 @@ fn product_kernel<E: Float>(
                         }
                     }
                 }
-                x_source.column += chunks;
-                w_source.column += chunks;
             }
             round += 1;
         }
