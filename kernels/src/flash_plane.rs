@@ -80,9 +80,8 @@ pub(crate) fn flash_plane<R: Runtime>(
     }
 }
 
-/// Two barriers a key tile. Behind the first, all planes have their scores and are done with the values before:
-/// the next keys and the present values are staged. Behind the second, the planes add their values, and
-/// go on to the next scores.
+/// Three barriers a key tile: before it is staged, before its scores are multiplied, and between weights and values.
+/// The next tile is on its way while scores are multiplied, and its list was made a tile earlier.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn plane_flash_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
@@ -145,7 +144,7 @@ fn plane_flash_kernel<E: Float, N: Size>(
             q_rows[slot as usize] = select(at >= position && at < sizes.kv_len, at - position, NO_ROW);
         }
     }
-    // What is listed of the tile after next comes from memory in two steps, one a tile.
+    // The list of a tile comes from memory in two steps, while the two tiles before it are at work.
     let mut stripe = 0u32.runtime();
     if UNIT_POS < keys {
         k_rows[UNIT_POS as usize] = key_at(&walk, plan, &sizes, 0, UNIT_POS, config.walk);
@@ -161,8 +160,6 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let mut carried_keys = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     let mut carried_values = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     carry_rows::<E, N>(k, k_base, &k_rows, 0, &mut carried_keys, tile);
-    put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
-    carry_rows::<E, N>(k, k_base, &k_rows, keys, &mut carried_keys, tile);
     carry_rows::<E, N>(v, v_base, &k_rows, 0, &mut carried_values, tile);
 
     let out_cols = comptime!(tile.head_dim / size.n);
@@ -175,12 +172,20 @@ fn plane_flash_kernel<E: Float, N: Size>(
         maximum[r] = MAX_START;
         sum[r] = 0.0;
     }
-    sync_cube();
 
     for index in 0..walk.tiles {
         let list = index % comptime!(LISTS as u32) * keys;
         let next_list = (index + 1) % comptime!(LISTS as u32) * keys;
         let last_list = (index + 2) % comptime!(LISTS as u32) * keys;
+        // Everybody is done with the tile before this one.
+        sync_cube();
+        put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
+        put_rows::<E, N>(&carried_values, &mut stage, keys, tile);
+        sync_cube();
+        if index + 1 < walk.tiles {
+            carry_rows::<E, N>(k, k_base, &k_rows, next_list, &mut carried_keys, tile);
+            carry_rows::<E, N>(v, v_base, &k_rows, next_list, &mut carried_values, tile);
+        }
         let mut key = NO_ROW.runtime();
         if UNIT_POS < keys {
             if index + 2 < walk.tiles {
@@ -193,12 +198,6 @@ fn plane_flash_kernel<E: Float, N: Size>(
             k_rows[(last_list + UNIT_POS) as usize] = key;
         }
         sync_cube();
-        put_rows::<E, N>(&carried_values, &mut stage, keys, tile);
-        if index + 1 < walk.tiles {
-            put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
-            carry_rows::<E, N>(v, v_base, &k_rows, next_list, &mut carried_values, tile);
-            carry_rows::<E, N>(k, k_base, &k_rows, last_list, &mut carried_keys, tile);
-        }
 
         // Whether a row of the cube may not see a key of the tile, or the tile is not full.
         let mut hides = false.runtime();
