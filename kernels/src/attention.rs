@@ -5,6 +5,7 @@ use cubecl::{future::block_on, prelude::*, profile::TimingMethod, server::Handle
 use crate::{
     Error, Plan, Rule, SampleAttentionOptions, Stage, StageTimes, TensorView, TileProduct,
     call::Call,
+    contribution::{contribution_bands, contribution_filter},
     decode::{MAX_DECODE_QUERIES, split_keys},
     filter::window_filter,
     flash::flash,
@@ -125,10 +126,11 @@ pub fn sample_plan<R: Runtime>(
     client: &ComputeClient<R>,
     q: &TensorView<R>,
     k: &TensorView<R>,
+    v: &TensorView<R>,
     options: &SampleAttentionOptions,
 ) -> Result<Option<Plan>, Error> {
-    // Values and output play no part; their shapes are those of keys and queries.
-    let call = Call::new(client, [q, k, k, q], options)?;
+    // There is no output; its shape is that of the queries.
+    let call = Call::new(client, [q, k, v, q], options)?;
     if call.rows.is_empty() {
         return Ok(None);
     }
@@ -233,22 +235,30 @@ pub fn available_products<R: Runtime>(
 fn choose_plan<R: Runtime>(call: &Call<'_, R>, run: &mut RunStage<'_>) -> (Plan, Sampled) {
     let plan = Plan::empty(call.client, &call.shape, call.options);
     let sampled = stage(run, Stage::Rows, || row_lse(call));
-    if call.options.rule == Rule::Joint {
-        let ladder = stage(run, Stage::Bands, || ladder(call, &sampled, &plan));
-        let scores =
-            stage(run, Stage::Columns, || column_scores(call, &sampled, plan.columns, &ladder.levels));
-        stage(run, Stage::Filter, || joint_filter(call, &plan, &scores, &sampled, &ladder));
-    } else {
-        let window = call.shape.window(call.options);
-        let left_out = |d| call.options.rule == Rule::Residual && d <= window;
-        let levels: Vec<u32> = (0..plan.blocks).map(|d| u32::from(left_out(d))).collect();
-        let levels = Levels {
-            table: call.client.create_from_slice(u32::as_bytes(&levels)),
-            len: plan.blocks,
-            count: 1,
-        };
-        let scores = stage(run, Stage::Columns, || column_scores(call, &sampled, plan.columns, &levels));
-        stage(run, Stage::Filter, || window_filter(call, &plan, &scores));
+    let columns = |levels| column_scores(call, &sampled, plan.columns, levels);
+    match call.options.rule {
+        Rule::Joint => {
+            let ladder = stage(run, Stage::Bands, || ladder(call, &sampled, &plan));
+            let scores = stage(run, Stage::Columns, || columns(&ladder.levels));
+            stage(run, Stage::Filter, || joint_filter(call, &plan, &scores, &sampled, &ladder));
+        }
+        Rule::Contribution => {
+            let known = stage(run, Stage::Bands, || contribution_bands(call, &sampled, &plan));
+            let scores = stage(run, Stage::Columns, || columns(&known.levels));
+            stage(run, Stage::Filter, || contribution_filter(call, &plan, &scores, &sampled, &known));
+        }
+        rule @ (Rule::Total | Rule::Residual) => {
+            let window = call.shape.window(call.options);
+            let left_out = |d| rule == Rule::Residual && d <= window;
+            let levels: Vec<u32> = (0..plan.blocks).map(|d| u32::from(left_out(d))).collect();
+            let levels = Levels {
+                table: call.client.create_from_slice(u32::as_bytes(&levels)),
+                len: plan.blocks,
+                count: 1,
+            };
+            let scores = stage(run, Stage::Columns, || columns(&levels));
+            stage(run, Stage::Filter, || window_filter(call, &plan, &scores));
+        }
     }
     (plan, sampled)
 }

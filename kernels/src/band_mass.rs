@@ -1,17 +1,111 @@
-//! Sampled mass per band, by square tiles, for rule `joint`; see [`ladder`](crate::ladder).
+//! Sampled mass per band, for the rules that choose bands: [`ladder`](crate::ladder) and
+//! [`contribution`](crate::contribution). The kernel here works by square tiles.
 
 use cubecl::{prelude::*, server::Handle};
 
 use crate::{
     call::Call,
+    mma_rows::band_mass_mma,
+    plane_rows::band_mass_plane,
     sample::{Sampled, list_keys, list_sampled_rows},
     square_tile::{NO_ROW, PART, SquareTile, head_base, new_stage, score_tile},
     tensor::{array, grid},
     walk::Sizes,
 };
 
-/// Mass per band of each row tile, `f32 [heads, row tiles, blocks]`.
-pub(crate) fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, masses: &Handle, len: usize) {
+/// The sampled rows' mass and entries by band.
+pub(crate) struct BandMasses {
+    /// `f32 [heads, row tiles, blocks]`.
+    masses: Handle,
+    /// Tiles of sampled rows, whose masses are kept apart.
+    pub row_tiles: usize,
+    /// `f32 [blocks]`: sampled entries, the same for all heads.
+    pub entries: Handle,
+}
+
+impl BandMasses {
+    /// The masses as a kernel argument.
+    pub fn masses_arg<R: Runtime>(&self, heads: usize, blocks: usize) -> ArrayArg<R> {
+        array(&self.masses, heads * self.row_tiles * blocks)
+    }
+}
+
+/// What a kernel of band masses writes, and what it weighs keys by.
+#[derive(Clone, Copy)]
+pub(crate) struct BandOutput<'a> {
+    masses: &'a Handle,
+    len: usize,
+    weights: Option<&'a Handle>,
+}
+
+impl BandOutput<'_> {
+    /// The masses as a kernel argument.
+    pub fn masses_arg<R: Runtime>(&self) -> ArrayArg<R> {
+        array(self.masses, self.len)
+    }
+
+    /// The weights as a kernel argument.
+    pub fn weights_arg<R: Runtime>(&self, call: &Call<'_, R>) -> ComptimeOptionArgs<Array<f32>, R> {
+        let len = call.shape.batch * call.shape.kv_heads * call.shape.kv_len;
+        self.weights.map_or(ComptimeOptionArgs::None, |weights| ComptimeOptionArgs::Some(array(weights, len)))
+    }
+}
+
+/// What a key weighs; keys beyond the last weigh as much as that.
+#[cube]
+pub(crate) fn key_weight(weights: &ComptimeOption<Array<f32>>, head: u32, key: u32, sizes: &Sizes) -> f32 {
+    #[comptime]
+    match weights {
+        ComptimeOption::Some(weights) => {
+            let kv_head = head / sizes.group;
+            weights[(kv_head * sizes.kv_len + min(key, sizes.kv_len - 1)) as usize]
+        }
+        ComptimeOption::None => 1.0f32.runtime(),
+    }
+}
+
+/// Sums the sampled mass per band, given the rows' log-sum-exp. With `weights`, `f32 [batch x kv_heads, kv_len]`, each
+/// entry counts as much as its key weighs.
+pub(crate) fn band_masses<R: Runtime>(
+    call: &Call<'_, R>,
+    sampled: &Sampled,
+    weights: Option<&Handle>,
+) -> BandMasses {
+    let (heads, blocks) = (call.heads(), call.shape.blocks(call.options));
+    let tile_rows = match (call.mma, call.plane) {
+        (Some(tiles), _) => tiles.sample.rows(),
+        (None, Some(tiles)) => tiles.sample.rows(),
+        (None, None) => call.square.edge,
+    };
+    let row_tiles = call.samples().div_ceil(tile_rows);
+    let len = heads * row_tiles * blocks;
+    let masses = call.words(len);
+    let output = BandOutput { masses: &masses, len, weights };
+    match (call.mma, call.plane) {
+        (Some(tiles), _) => band_mass_mma(call, sampled, output, tiles.sample),
+        (None, Some(tiles)) => band_mass_plane(call, sampled, output, tiles.sample),
+        (None, None) => band_mass(call, sampled, output),
+    }
+    let entries = call.client.create_from_slice(f32::as_bytes(&band_entries(call, blocks)));
+    BandMasses { masses, row_tiles, entries }
+}
+
+/// Sampled entries of each band.
+fn band_entries<R: Runtime>(call: &Call<'_, R>, blocks: usize) -> Vec<f32> {
+    let block = call.options.block_size;
+    let mut entries = vec![0.0; blocks];
+    for &row in &call.rows {
+        let position = call.shape.offset() + row as usize;
+        entries[0] += (position % block + 1) as f32;
+        for count in &mut entries[1..=position / block] {
+            *count += block as f32;
+        }
+    }
+    entries
+}
+
+/// Mass per band of each row tile.
+fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, output: BandOutput<'_>) {
     let tile = call.square;
     // SAFETY: rows below q_len, keys below kv_len, distances below `blocks`.
     unsafe {
@@ -25,7 +119,8 @@ pub(crate) fn band_mass<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, masse
             call.inputs.k.arg(),
             array(&sampled.rows, call.samples()),
             array(&sampled.lse, call.heads() * call.samples()),
-            array(masses, len),
+            output.weights_arg(call),
+            output.masses_arg(),
             call.sizes(),
             call.scale,
             tile,
@@ -43,6 +138,7 @@ fn band_mass_kernel<E: Float, N: Size>(
     k: &Tensor<Vector<E, N>>,
     rows: &Array<u32>,
     lse: &Array<f32>,
+    weights: &ComptimeOption<Array<f32>>,
     masses: &mut Array<f32>,
     sizes: Sizes,
     scale: f32,
@@ -109,7 +205,8 @@ fn band_mass_kernel<E: Float, N: Size>(
                 for j in 0..PART {
                     let key = k_rows[(unit_col + comptime!(j as u32) * side) as usize];
                     if row != NO_ROW && key <= position + row {
-                        sums[i] += (scores[i * PART + j] * scale - row_lse[slot]).exp();
+                        let mass = (scores[i * PART + j] * scale - row_lse[slot]).exp();
+                        sums[i] += mass * key_weight(weights, head, key, &sizes);
                     }
                 }
             }

@@ -12,11 +12,9 @@ use cubecl::{prelude::*, server::Handle};
 
 use crate::{
     Plan, Rule,
-    band_mass::band_mass,
+    band_mass::band_masses,
     call::Call,
     filter::{Chosen, FilterNumbers, NONE, PlanOutput, PlanOutputLaunch, choose, is_broken, write_plan},
-    mma_rows::band_mass_mma,
-    plane_rows::band_mass_plane,
     sample::{Levels, Sampled},
     select::{UNITS, cube_prefix, cube_sum},
     tensor::{array, grid},
@@ -29,7 +27,7 @@ const GROUPS: usize = 16;
 /// Levels that the column scores of a rule are kept apart by.
 pub(crate) fn levels(rule: Rule) -> usize {
     match rule {
-        Rule::Total | Rule::Residual => 1,
+        Rule::Total | Rule::Residual | Rule::Contribution => 1,
         Rule::Joint => GROUPS,
     }
 }
@@ -46,58 +44,30 @@ pub(crate) struct Ladder {
 /// Sums the sampled mass per band and cuts the bands into groups.
 pub(crate) fn ladder<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, plan: &Plan) -> Ladder {
     let (heads, blocks) = (plan.heads, plan.blocks);
-    let entries = band_entries(call, blocks);
-    let entries = call.client.create_from_slice(f32::as_bytes(&entries));
-    let tile_rows = match (call.mma, call.plane) {
-        (Some(tiles), _) => tiles.sample.rows(),
-        (None, Some(tiles)) => tiles.sample.rows(),
-        (None, None) => call.square.edge,
-    };
-    let tiles = call.samples().div_ceil(tile_rows);
-    let masses = call.words(heads * tiles * blocks);
+    let bands = band_masses(call, sampled, None);
     let ladder = Ladder {
         levels: Levels { table: call.words(heads * blocks), len: heads * blocks, count: GROUPS },
         rungs: call.words(2 * heads * GROUPS),
     };
-    let len = heads * tiles * blocks;
-    match (call.mma, call.plane) {
-        (Some(tiles), _) => band_mass_mma(call, sampled, &masses, len, tiles.sample),
-        (None, Some(tiles)) => band_mass_plane(call, sampled, &masses, len, tiles.sample),
-        (None, None) => band_mass(call, sampled, &masses, len),
-    }
     // SAFETY: distances below `blocks`, groups below `GROUPS`.
     unsafe {
         ladder_kernel::launch_unchecked::<R>(
             call.client,
             grid(heads),
             CubeDim::new_1d(UNITS as u32),
-            array(&masses, len),
-            array(&entries, blocks),
+            bands.masses_arg(heads, blocks),
+            array(&bands.entries, blocks),
             array(&call.words(heads * blocks), heads * blocks),
             array(&ladder.levels.table, heads * blocks),
             array(&ladder.rungs, 2 * heads * GROUPS),
             heads as u32,
-            tiles as u32,
+            bands.row_tiles as u32,
             call.sizes(),
             call.filter_numbers(),
             GROUPS,
         );
     }
     ladder
-}
-
-/// Sampled entries of each band.
-fn band_entries<R: Runtime>(call: &Call<'_, R>, blocks: usize) -> Vec<f32> {
-    let block = call.options.block_size;
-    let mut entries = vec![0.0; blocks];
-    for &row in &call.rows {
-        let position = call.shape.offset() + row as usize;
-        entries[0] += (position % block + 1) as f32;
-        for count in &mut entries[1..=position / block] {
-            *count += block as f32;
-        }
-    }
-    entries
 }
 
 /// Chooses the rung and the stripes, and writes the plan. Overwrites `scores`.
@@ -261,7 +231,7 @@ fn bands_before(
 
 /// Sampled rows at or below a column: the rows see columns up to their position.
 #[cube]
-fn rows_seeing(rows: &Array<u32>, column: u32, position: u32) -> f32 {
+pub(crate) fn rows_seeing(rows: &Array<u32>, column: u32, position: u32) -> f32 {
     let samples = rows.len() as u32;
     let mut low = 0u32.runtime();
     let mut high = samples;
@@ -383,26 +353,7 @@ fn joint_filter_kernel(
         set_prices(scores, key_base, weight_base, rows, &sizes, position);
     }
 
-    // Bands: each unit owns a run of distances.
-    let row = table_row(&sizes, head);
-    let run = sizes.blocks.div_ceil(units);
-    let begin = (UNIT_POS * run).min(sizes.blocks);
-    let end = (begin + run).min(sizes.blocks);
-    let group_base = head * sizes.blocks;
-    let mut kept = 0u32.runtime();
-    for d in begin..end {
-        if is_kept_band(group[(group_base + d) as usize], chosen_rung, groups) {
-            kept += 1;
-        }
-    }
-    let mut slot = cube_prefix(kept, &mut counts);
-    for d in begin..end {
-        if is_kept_band(group[(group_base + d) as usize], chosen_rung, groups) {
-            plan.table[(row + 2 + sizes.blocks + slot) as usize] = d;
-            slot += 1;
-        }
-        plan.table[(row + 2 + d) as usize] = slot;
-    }
+    write_bands(plan, group, head, &sizes, chosen_rung, &mut counts, groups);
 
     write_plan(
         scores,
@@ -417,6 +368,38 @@ fn joint_filter_kernel(
         &mut counts,
         block,
     );
+}
+
+/// Writes the ranks and the list of the bands that a rung keeps; each unit owns a run of distances.
+#[cube]
+pub(crate) fn write_bands(
+    plan: &mut PlanOutput,
+    group: &Array<u32>,
+    head: u32,
+    sizes: &Sizes,
+    rung: u32,
+    counts: &mut SharedMemory<u32>,
+    #[comptime] groups: usize,
+) {
+    let row = table_row(sizes, head);
+    let run = sizes.blocks.div_ceil(comptime!(UNITS as u32));
+    let begin = (UNIT_POS * run).min(sizes.blocks);
+    let end = (begin + run).min(sizes.blocks);
+    let base = head * sizes.blocks;
+    let mut kept = 0u32.runtime();
+    for d in begin..end {
+        if is_kept_band(group[(base + d) as usize], rung, groups) {
+            kept += 1;
+        }
+    }
+    let mut slot = cube_prefix(kept, counts);
+    for d in begin..end {
+        if is_kept_band(group[(base + d) as usize], rung, groups) {
+            plan.table[(row + 2 + sizes.blocks + slot) as usize] = d;
+            slot += 1;
+        }
+        plan.table[(row + 2 + d) as usize] = slot;
+    }
 }
 
 /// Writes the mass per entry of each column, given their masses.

@@ -20,7 +20,8 @@
 //!
 //! # Memory
 //! Besides the output, a call allocates 4 bytes per query row (log-sum-exp), and with a plan 8 bytes
-//! per query head and key; rule [`Joint`](Rule::Joint) 68. At 128k tokens and 32 heads of 128 that
+//! per query head and key; rule [`Contribution`](Rule::Contribution) 4 more per key/value head and key, rule
+//! [`Joint`](Rule::Joint) 60 more per query head and key. At 128k tokens and 32 heads of 128 that
 //! is 1% (7%) of queries, keys, values and output in a 16-bit type.
 
 // In kernels: there is no `is_multiple_of`, and compile-time conditions stay apart from runtime ones.
@@ -29,6 +30,7 @@
 mod attention;
 mod band_mass;
 mod call;
+mod contribution;
 mod decode;
 mod filter;
 mod flash;

@@ -3,10 +3,10 @@
 
 use core::f32::consts::{LN_2, LOG2_E};
 
-use cubecl::{prelude::*, server::Handle};
+use cubecl::prelude::*;
 
 use crate::{
-    band_mass::add_band_masses,
+    band_mass::{BandOutput, add_band_masses, key_weight},
     call::Call,
     mma_tile::{
         MmaTile, Pair, Wide, await_tile, commit_tile, copy_rows, exp2, exp2_scalar, lane, list_span,
@@ -29,29 +29,31 @@ struct RowConfig {
 
 /// Pass 1.
 pub(crate) fn row_lse_mma<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, tile: MmaTile) {
-    let unused = call.words(1);
-    launch_rows(call, sampled, (&unused, 1), tile, false);
+    launch_rows(call, sampled, None, tile);
 }
 
-/// Mass per band of each row tile, `f32 [heads, row tiles, blocks]`.
+/// Mass per band of each row tile.
 pub(crate) fn band_mass_mma<R: Runtime>(
     call: &Call<'_, R>,
     sampled: &Sampled,
-    masses: &Handle,
-    len: usize,
+    output: BandOutput<'_>,
     tile: MmaTile,
 ) {
-    launch_rows(call, sampled, (masses, len), tile, true);
+    launch_rows(call, sampled, Some(output), tile);
 }
 
 fn launch_rows<R: Runtime>(
     call: &Call<'_, R>,
     sampled: &Sampled,
-    (masses, len): (&Handle, usize),
+    bands: Option<BandOutput<'_>>,
     tile: MmaTile,
-    bands: bool,
 ) {
-    let config = RowConfig { tile, block: call.block(), bands };
+    let config = RowConfig { tile, block: call.block(), bands: bands.is_some() };
+    let unused = call.words(1);
+    let (masses, weights) = match bands {
+        Some(output) => (output.masses_arg(), output.weights_arg(call)),
+        None => (array(&unused, 1), ComptimeOptionArgs::None),
+    };
     // SAFETY: the kernel reads rows below q_len and keys below kv_len only.
     unsafe {
         mma_row_kernel::launch_unchecked::<R>(
@@ -63,7 +65,8 @@ fn launch_rows<R: Runtime>(
             call.inputs.k.arg(),
             array(&sampled.rows, call.samples()),
             array(&sampled.lse, call.heads() * call.samples()),
-            array(masses, len),
+            weights,
+            masses,
             call.sizes(),
             call.scale * LOG2_E,
             config,
@@ -82,6 +85,7 @@ fn mma_row_kernel<E: Float>(
     k: &Tensor<Wide<E>>,
     rows: &Array<u32>,
     lse: &mut Array<f32>,
+    weights: &ComptimeOption<Array<f32>>,
     masses: &mut Array<f32>,
     sizes: Sizes,
     scale: f32,
@@ -193,6 +197,17 @@ fn mma_row_kernel<E: Float>(
                 }
             }
         }
+        let mut weight = Array::<Pair<f32>>::new(tile.key_products());
+        if comptime!(weights.is_some()) {
+            #[unroll]
+            for n in 0..tile.key_products() {
+                let key = index * keys + lane % 4 * 2 + comptime!(n as u32 * 8);
+                let mut pair = Pair::<f32>::new(1.0);
+                pair[0] = key_weight(weights, head, key, &sizes);
+                pair[1] = key_weight(weights, head, key + 1, &sizes);
+                weight[n] = pair;
+            }
+        }
         #[unroll]
         for m in 0..tile.row_tiles {
             #[unroll]
@@ -213,7 +228,10 @@ fn mma_row_kernel<E: Float>(
                 #[unroll]
                 for n in 0..tile.key_products() {
                     let pair = scores.index(comptime!(m * tile.key_products() + n))[half];
-                    let mass = exp2(fma(pair, Pair::new(scale), Pair::new(-maximum[r])));
+                    let mut mass = exp2(fma(pair, Pair::new(scale), Pair::new(-maximum[r])));
+                    if comptime!(weights.is_some()) {
+                        mass *= weight[n];
+                    }
                     sum[r] += mass[0] + mass[1];
                 }
             }

@@ -1,10 +1,10 @@
 //! Sampling pass 1, and the mass per band, over [row tiles of planes](crate::plane_tile): cubes own sampled
 //! rows and stream all keys. See [`sample`](crate::sample) and [`ladder`](crate::ladder).
 
-use cubecl::{prelude::*, server::Handle};
+use cubecl::prelude::*;
 
 use crate::{
-    band_mass::add_band_masses,
+    band_mass::{BandOutput, add_band_masses, key_weight},
     call::Call,
     plane_stage::{carry_span, load_rows, new_stage, put_rows},
     plane_tile::{
@@ -28,29 +28,31 @@ struct RowConfig {
 
 /// Pass 1.
 pub(crate) fn row_lse_plane<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, tile: PlaneTile) {
-    let unused = call.words(1);
-    launch_rows(call, sampled, (&unused, 1), tile, false);
+    launch_rows(call, sampled, None, tile);
 }
 
-/// Mass per band of each row tile, `f32 [heads, row tiles, blocks]`.
+/// Mass per band of each row tile.
 pub(crate) fn band_mass_plane<R: Runtime>(
     call: &Call<'_, R>,
     sampled: &Sampled,
-    masses: &Handle,
-    len: usize,
+    output: BandOutput<'_>,
     tile: PlaneTile,
 ) {
-    launch_rows(call, sampled, (masses, len), tile, true);
+    launch_rows(call, sampled, Some(output), tile);
 }
 
 fn launch_rows<R: Runtime>(
     call: &Call<'_, R>,
     sampled: &Sampled,
-    (masses, len): (&Handle, usize),
+    bands: Option<BandOutput<'_>>,
     tile: PlaneTile,
-    bands: bool,
 ) {
-    let config = RowConfig { tile, block: call.block(), bands };
+    let config = RowConfig { tile, block: call.block(), bands: bands.is_some() };
+    let unused = call.words(1);
+    let (masses, weights) = match bands {
+        Some(output) => (output.masses_arg(), output.weights_arg(call)),
+        None => (array(&unused, 1), ComptimeOptionArgs::None),
+    };
     // SAFETY: the kernel reads rows below q_len and keys below kv_len only.
     unsafe {
         plane_row_kernel::launch_unchecked::<R>(
@@ -63,7 +65,8 @@ fn launch_rows<R: Runtime>(
             call.inputs.k.arg(),
             array(&sampled.rows, call.samples()),
             array(&sampled.lse, call.heads() * call.samples()),
-            array(masses, len),
+            weights,
+            masses,
             call.sizes(),
             call.scale,
             config,
@@ -79,6 +82,7 @@ fn plane_row_kernel<E: Float, N: Size>(
     k: &Tensor<Vector<E, N>>,
     rows: &Array<u32>,
     lse: &mut Array<f32>,
+    weights: &ComptimeOption<Array<f32>>,
     masses: &mut Array<f32>,
     sizes: Sizes,
     scale: f32,
@@ -204,7 +208,15 @@ fn plane_row_kernel<E: Float, N: Size>(
                 let mut mass = Quad::<f32>::new(0.0);
                 #[unroll]
                 for c in 0..tile.quads() {
-                    mass += fma(held[c], Quad::new(scale), Quad::new(-maximum[r])).exp();
+                    let mut part = fma(held[c], Quad::new(scale), Quad::new(-maximum[r])).exp();
+                    if comptime!(weights.is_some()) {
+                        #[unroll]
+                        for e in 0..4usize {
+                            let key = index * keys + quad_at(c, slot, tile) * 4 + comptime!(e as u32);
+                            part[e] = part[e] * key_weight(weights, head, key, &sizes);
+                        }
+                    }
+                    mass += part;
                 }
                 sum[r] += quad_sum(mass);
             }

@@ -17,7 +17,7 @@ use sample_attention_kernels::{
     time_stages, to_bytes,
 };
 
-const RULES: [Rule; 3] = [Rule::Total, Rule::Residual, Rule::Joint];
+const RULES: [Rule; 4] = [Rule::Total, Rule::Residual, Rule::Joint, Rule::Contribution];
 
 #[test]
 fn golden_plans_and_outputs() {
@@ -54,6 +54,35 @@ fn window_rules_match_the_reference() {
             let problem = Problem::random(shape, &mut rng);
             assert_passes(&client, &problem, f32_type(), &options(rule));
         }
+    }
+}
+
+#[test]
+fn contribution_keeps_what_the_reference_keeps() {
+    let (client, mut rng) = (client(), fresh_rng());
+    for shape in shapes().into_iter().chain([shape((1, 6, 2), (1000, 1000), 32)]) {
+        for (threshold, block_size) in [(1.0, 64), (0.3, 16), (4.0, 32)] {
+            let options = SampleAttentionOptions { threshold, block_size, ..options(Rule::Contribution) };
+            let problem = Problem::random(shape, &mut rng);
+            assert_passes(&client, &problem, f32_type(), &options);
+        }
+    }
+}
+
+/// Values that say nothing of what matters, since they are all the same or not finite, leave bands or everything.
+#[test]
+fn contribution_of_values_without_distances() {
+    let (client, mut rng) = (client(), fresh_rng());
+    let options = options(Rule::Contribution);
+    let mut problem = Problem::random(shape((1, 2, 2), (300, 300), 16), &mut rng);
+    for (poison, expects_dense) in [(f32::NAN, true), (f32::INFINITY, true), (2.0, false)] {
+        match expects_dense {
+            true => problem.v[100 * 16] = poison,
+            false => problem.v.fill(poison),
+        }
+        let found = run(&client, &problem, &options);
+        assert!(found.plans.iter().all(|plan| plan.dense == expects_dense), "{poison}");
+        assert!(found.plans.iter().all(|plan| plan.stripes.is_empty()), "{poison}");
     }
 }
 
@@ -95,7 +124,7 @@ fn recall_is_that_of_the_reference() {
         let options = options(rule);
         let problem = Problem::random(shape((1, 2, 1), (600, 700), 32), &mut rng);
         let found = run(&client, &problem, &options);
-        let expected = reference::plans(&problem.shape, &options, &problem.q, &problem.k);
+        let expected = reference::plans(&problem.shape, &options, &problem.q, &problem.k, &problem.v);
         for (head, expected) in expected.iter().enumerate() {
             if found.plans[head].stripes == expected.plan.stripes {
                 let (mean, least) = (f64::from(found.recall[head]), f64::from(found.recall_min[head]));
@@ -170,13 +199,13 @@ fn stages_add_up_to_the_whole() {
         let options = options(rule);
         let expected = run(&client, &problem, &options);
         let out = upload(&client, &vec![f32::NAN; problem.q.len()], q.shape);
-        let plan = sample_plan(&client, &q, &k, &options).expect("a valid call").expect("a plan");
+        let plan = sample_plan(&client, &q, &k, &v, &options).expect("a valid call").expect("a plan");
         planned_attention(&client, &q, &k, &v, &out, &plan, &options).expect("a valid call");
         assert_eq!(read(&client, &out.handle), expected.out, "{rule:?}");
 
         let times = time_stages(&client, [&q, &k, &v, &out], &options).expect("a valid call");
         let stages: Vec<Stage> = times.stages.iter().map(|&(stage, _)| stage).collect();
-        let bands = (rule == Rule::Joint).then_some(Stage::Bands);
+        let bands = matches!(rule, Rule::Joint | Rule::Contribution).then_some(Stage::Bands);
         let all =
             [Some(Stage::Rows), bands, Some(Stage::Columns), Some(Stage::Filter), Some(Stage::Attention)];
         assert_eq!(stages, all.into_iter().flatten().collect::<Vec<_>>());

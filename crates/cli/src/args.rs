@@ -65,7 +65,7 @@ pub struct DemoArgs {
     /// Where the pass key stands in the text: 0 is the beginning, 1 the end
     #[arg(long, value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
     pub depth: f64,
-    /// Attention to compare with dense: default, paper, fast or joint
+    /// Attention to compare with dense: default, paper, fast, joint or contribution
     #[arg(long, value_name = "PRESET", default_value = "default")]
     pub attention: Preset,
     /// Backend; auto takes CUDA, then a GPU through Vulkan or WebGPU, then the CPU, and says which
@@ -236,7 +236,7 @@ pub struct ModelArgs {
     /// Type to compute in [default: bf16 on a GPU that has it, else f16; f32 on the CPU]
     #[arg(long, value_enum, default_value = "auto")]
     pub dtype: DtypeName,
-    /// Attention of the prefill: dense, default, paper, fast or joint
+    /// Attention of the prefill: dense, default, paper, fast, joint or contribution
     #[arg(long, value_name = "PRESET", default_value = "dense")]
     pub attention: Preset,
     /// Attention of some layers, such as 0-2=dense or 7=paper (repeatable)

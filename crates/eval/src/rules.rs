@@ -2,7 +2,7 @@
 
 use long_context::generate::Engine;
 use long_context_page::Page;
-use sample_attention::{Preset, SampleAttentionOptions};
+use sample_attention::{Preset, Rule, SampleAttentionOptions};
 use serde::Serialize;
 
 use crate::needle::{Haystack, NeedleConfig, NeedleReport};
@@ -12,6 +12,7 @@ use crate::{NamedAttention, Progress, Prompter, Result};
 /// The presets, and what else the options allow that is worth a look.
 pub fn candidates() -> Vec<NamedAttention> {
     let (residual, joint) = (Preset::Default.options(), Preset::Joint.options());
+    let contribution = Preset::Contribution.options();
     let named = [
         ("residual-0.90", SampleAttentionOptions { alpha: 0.90, ..residual }),
         ("residual-0.98", SampleAttentionOptions { alpha: 0.98, ..residual }),
@@ -23,10 +24,12 @@ pub fn candidates() -> Vec<NamedAttention> {
         ("joint-window-2%", SampleAttentionOptions { window_ratio: 0.02, ..joint }),
         ("joint-rows-10%", SampleAttentionOptions { row_ratio: 0.10, ..joint }),
         ("joint-block-64", SampleAttentionOptions { block_size: 64, ..joint }),
+        ("contribution-0.9", SampleAttentionOptions { threshold: 0.9, ..contribution }),
+        ("contribution-1.4", SampleAttentionOptions { threshold: 1.4, ..contribution }),
+        ("contribution-window-2%", SampleAttentionOptions { window_ratio: 0.02, ..contribution }),
     ];
-    let presets = [Preset::Dense, Preset::Paper, Preset::Fast, Preset::Default, Preset::Joint];
     let others = named.map(|(name, options)| NamedAttention { name: name.to_string(), options });
-    presets.map(NamedAttention::from).into_iter().chain(others).collect()
+    Preset::ALL.map(NamedAttention::from).into_iter().chain(others).collect()
 }
 
 /// A table of rules.
@@ -107,14 +110,23 @@ impl RulesReport {
         page.table(&head.iter().map(String::as_str).collect::<Vec<_>>(), rows);
         page.heading("Options");
         let options = text.attentions.iter().map(|rule| {
-            let SampleAttentionOptions { alpha, row_ratio, window_ratio, block_size, tail_rows, .. } =
-                rule.options;
-            let numbers = [alpha, row_ratio, window_ratio].map(|number| number.to_string());
+            let SampleAttentionOptions {
+                rule: kind,
+                alpha,
+                threshold,
+                row_ratio,
+                window_ratio,
+                block_size,
+                tail_rows,
+                ..
+            } = rule.options;
+            let goal = if kind == Rule::Contribution { threshold } else { alpha };
+            let numbers = [goal, row_ratio, window_ratio].map(|number| number.to_string());
             let counts = [block_size, tail_rows].map(|number| number.to_string());
             let name = if rule.is_dense() { "all keys".to_string() } else { rule.options.rule.to_string() };
             [rule.name.clone(), name].into_iter().chain(numbers).chain(counts).collect::<Vec<_>>()
         });
-        page.table(&["rule", "kind", "alpha", "rows", "window", "block", "tail"], options);
+        page.table(&["rule", "kind", "alpha or threshold", "rows", "window", "block", "tail"], options);
         page.finish()
     }
 }

@@ -16,6 +16,11 @@ pub enum Rule {
     Residual,
     /// Bands and stripes at one threshold of sampled mass per kept entry, besides a forced window.
     Joint,
+    /// Every band and stripe whose entries contribute more to the output than a threshold, besides a forced window.
+    ///
+    /// An entry contributes its probability times its value's distance from the mean value of all keys, over the mean
+    /// distance of all keys of the sequence's key/value heads: about what the output loses without it.
+    Contribution,
 }
 
 /// Which instructions multiply the tiles.
@@ -50,6 +55,7 @@ impl fmt::Display for Rule {
             Self::Total => "total",
             Self::Residual => "residual",
             Self::Joint => "joint",
+            Self::Contribution => "contribution",
         })
     }
 }
@@ -64,8 +70,12 @@ pub struct SampleAttentionOptions {
     /// How bands and stripes are chosen.
     #[serde(alias = "coverage")]
     pub rule: Rule,
-    /// Share of the sampled probability mass to keep, in `(0, 1]`.
+    /// Share of the sampled probability mass to keep, in `(0, 1]`. Rule [`Contribution`](Rule::Contribution) has a
+    /// threshold instead.
     pub alpha: f64,
+    /// Mean contribution of a band's or a stripe's entries above which rule [`Contribution`](Rule::Contribution) keeps
+    /// it: in units of `1 / kv_len`, what an entry of uniform attention over all keys contributes. A positive number.
+    pub threshold: f64,
     /// Share of the rows above the tail to sample, in `[0, 1]`.
     pub row_ratio: f64,
     /// Fewest rows to sample, at least 1.
@@ -95,6 +105,7 @@ impl Default for SampleAttentionOptions {
         Self {
             rule: Rule::Residual,
             alpha: 0.95,
+            threshold: 1.1,
             row_ratio: 0.05,
             min_rows: 64,
             max_rows: Some(1024),
@@ -125,6 +136,11 @@ impl SampleAttentionOptions {
         Self { rule: Rule::Joint, window_ratio: 0.04, ..Self::default() }
     }
 
+    /// Rule [`Contribution`](Rule::Contribution) with the threshold it was measured with.
+    pub fn contribution() -> Self {
+        Self { rule: Rule::Contribution, window_ratio: 0.04, ..Self::default() }
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -133,6 +149,9 @@ impl SampleAttentionOptions {
         let Self { alpha, .. } = *self;
         if !(alpha > 0.0 && alpha <= 1.0) {
             return Err(Error::option("alpha", alpha, "a number in (0, 1]"));
+        }
+        if !(self.threshold.is_finite() && self.threshold > 0.0) {
+            return Err(Error::option("threshold", self.threshold, "a positive number"));
         }
         for (field, value) in [("row_ratio", self.row_ratio), ("window_ratio", self.window_ratio)] {
             if !(0.0..=1.0).contains(&value) {

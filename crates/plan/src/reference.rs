@@ -32,8 +32,42 @@ pub fn plans(
     options: &SampleAttentionOptions,
     q: &[f32],
     k: &[f32],
+    v: &[f32],
 ) -> Vec<ReferencePlan> {
-    in_parallel(shape.heads(), |head| plan_head(shape, options, q, k, head))
+    let weights = match options.rule {
+        Rule::Contribution => value_weights(shape, v),
+        Rule::Total | Rule::Residual | Rule::Joint => Vec::new(),
+    };
+    in_parallel(shape.heads(), |head| {
+        let (sequence, head_of_sequence) = (head / shape.q_heads, head % shape.q_heads);
+        let kv_head = sequence * shape.kv_heads + head_of_sequence / shape.group();
+        plan_head(shape, options, q, k, weights.get(kv_head).map_or(&[], Vec::as_slice), head)
+    })
+}
+
+/// For each key/value head of each sequence the distance of each value from the head's mean value, over the mean of
+/// all these distances of the sequence.
+pub fn value_weights(shape: &AttentionShape, v: &[f32]) -> Vec<Vec<f64>> {
+    let (dim, keys) = (shape.head_dim, shape.kv_len as f64);
+    let mut weights: Vec<Vec<f64>> = v
+        .chunks_exact(shape.kv_len * dim)
+        .map(|values| {
+            let mut mean = vec![0.0; dim];
+            for value in values.chunks_exact(dim) {
+                mean.iter_mut().zip(value).for_each(|(sum, &x)| *sum += f64::from(x) / keys);
+            }
+            let distance = |value: &[f32]| {
+                let squares = value.iter().zip(&mean).map(|(&x, mean)| (f64::from(x) - mean).powi(2));
+                squares.sum::<f64>().sqrt()
+            };
+            values.chunks_exact(dim).map(distance).collect()
+        })
+        .collect();
+    for heads in weights.chunks_mut(shape.kv_heads) {
+        let mean = heads.iter().flatten().sum::<f64>() / (keys * shape.kv_heads as f64);
+        heads.iter_mut().flatten().for_each(|weight| *weight /= mean.max(f64::MIN_POSITIVE));
+    }
+    weights
 }
 
 /// Attention over the keys that the plans keep.
@@ -161,6 +195,7 @@ fn plan_head(
     options: &SampleAttentionOptions,
     q: &[f32],
     k: &[f32],
+    weights: &[f64],
     head: usize,
 ) -> ReferencePlan {
     let rows = shape.sampled_rows(options);
@@ -196,6 +231,7 @@ fn plan_head(
             (window, stripes)
         }
         Rule::Joint => sample.joint(window, need),
+        Rule::Contribution => sample.contribution(window, weights, options.threshold / shape.kv_len as f64),
     };
     stripes.sort_unstable();
     let stripes = stripes.into_iter().map(|j| j as i32).collect();
@@ -265,27 +301,42 @@ impl Sample {
         sums
     }
 
-    /// Sampled entries and mass of each band.
-    fn band_mass(&self) -> (Vec<f64>, Vec<f64>) {
+    /// Sampled entries of each band and their mass, each entry times the weight of its key.
+    fn band_mass(&self, weight: impl Fn(usize) -> f64) -> (Vec<f64>, Vec<f64>) {
         let mut entries = vec![0.0; self.blocks];
         let mut sums = vec![0.0; self.blocks];
         for (position, row) in &self.probabilities {
             for (j, mass) in row.iter().enumerate() {
                 let distance = position / self.block_size - j / self.block_size;
                 entries[distance] += 1.0;
-                sums[distance] += mass;
+                sums[distance] += mass * weight(j);
             }
         }
         (entries, sums)
     }
 
+    /// Sampled rows that see each column, at least 1.
+    fn seeing(&self) -> Vec<f64> {
+        let rows = |j: usize| self.probabilities.iter().filter(|(p, _)| *p >= j).count();
+        (0..self.columns).map(|j| rows(j).max(1) as f64).collect()
+    }
+
+    /// Rule `contribution`: bands first, then the stripes that lie outside of them.
+    fn contribution(&self, forced: Vec<bool>, weights: &[f64], threshold: f64) -> (Vec<bool>, Vec<usize>) {
+        let (entries, mass) = self.band_mass(|j| weights[j]);
+        let bands: Vec<bool> =
+            (0..self.blocks).map(|d| forced[d] || mass[d] > threshold * entries[d]).collect();
+        let (residual, seeing) = (self.column_mass(&bands), self.seeing());
+        let kept = |&j: &usize| residual[j] / seeing[j] * weights[j] > threshold;
+        let stripes = (0..self.columns).filter(kept).collect();
+        (bands, stripes)
+    }
+
     /// Rule `joint`, searching every threshold. The bands fall into the plan one by one; between
     /// two of them only stripes do.
     fn joint(&self, forced: Vec<bool>, need: f64) -> (Vec<bool>, Vec<usize>) {
-        let (entries, mass) = self.band_mass();
-        let seeing: Vec<f64> = (0..self.columns)
-            .map(|j| self.probabilities.iter().filter(|(p, _)| *p >= j).count() as f64)
-            .collect();
+        let (entries, mass) = self.band_mass(|_| 1.0);
+        let seeing = self.seeing();
         let density = |d: usize| mass[d] / entries[d];
         let mut optional: Vec<usize> = (0..self.blocks).filter(|&d| !forced[d] && entries[d] > 0.0).collect();
         optional.sort_by(|&a, &b| density(b).total_cmp(&density(a)));
@@ -305,7 +356,7 @@ impl Sample {
             let total: f64 = self.probabilities.len() as f64;
             let mut kept_mass = total - residual.iter().sum::<f64>();
             let mut order: Vec<usize> = (0..self.columns).collect();
-            let price = |j: usize| residual[j] / seeing[j].max(1.0);
+            let price = |j: usize| residual[j] / seeing[j];
             order.sort_by(|&a, &b| price(b).total_cmp(&price(a)));
             let mut stripes = Vec::new();
             for j in order {

@@ -7,7 +7,8 @@ use std::time::Duration;
 pub enum Stage {
     /// Log-sum-exps of the sampled rows.
     Rows,
-    /// Sampled mass per band and the ladder over it; rule [`Joint`](crate::Rule::Joint) only.
+    /// Sampled mass per band and what rules [`Joint`](crate::Rule::Joint) and [`Contribution`](crate::Rule::Contribution)
+    /// make of it; under the latter also the distances of the values.
     Bands,
     /// Sampled mass per column.
     Columns,

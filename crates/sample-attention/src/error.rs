@@ -21,6 +21,6 @@ pub enum Error {
     #[error("device: {0}")]
     Device(String),
     /// A name that is no preset's.
-    #[error("preset: found `{0}`, expected dense, default, paper, fast or joint")]
+    #[error("preset: found `{0}`, expected dense, default, paper, fast, joint or contribution")]
     Preset(String),
 }

@@ -64,7 +64,7 @@ pub fn sample_attention<B: Backend>(
         let data = tensor.clone().try_into_data().map_err(|error| Error::Device(error.to_string()))?;
         Ok::<Vec<f32>, Error>(data.iter().collect())
     };
-    let plans = reference::plans(&shape, options, &host(&q)?, &host(&k)?);
+    let plans = reference::plans(&shape, options, &host(&q)?, &host(&k)?, &host(&v)?);
     let AttentionShape { batch, q_heads, kv_heads, q_len, kv_len, head_dim } = shape;
     let keeps = plans.iter().flat_map(|plan| {
         let mask = reference::Mask::new(&shape, options, &plan.plan);

@@ -21,11 +21,14 @@ pub enum Preset {
     Fast,
     /// 0.95 of at most 1024 rows, bands and stripes chosen together besides a window of 4%.
     Joint,
+    /// What contributes to the output, as at most 1024 rows say, besides a window of 4%.
+    Contribution,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 5] = [Self::Dense, Self::Default, Self::Paper, Self::Fast, Self::Joint];
+    pub const ALL: [Self; 6] =
+        [Self::Dense, Self::Default, Self::Paper, Self::Fast, Self::Joint, Self::Contribution];
 
     /// What it stands for.
     pub fn options(self) -> SampleAttentionOptions {
@@ -35,6 +38,7 @@ impl Preset {
             Self::Paper => SampleAttentionOptions::paper(),
             Self::Fast => SampleAttentionOptions::fast(),
             Self::Joint => SampleAttentionOptions::joint(),
+            Self::Contribution => SampleAttentionOptions::contribution(),
         }
     }
 
@@ -46,6 +50,7 @@ impl Preset {
             Self::Paper => "paper",
             Self::Fast => "fast",
             Self::Joint => "joint",
+            Self::Contribution => "contribution",
         }
     }
 }

@@ -187,10 +187,11 @@ fn problems() -> [(AttentionShape, usize); 8] {
 }
 
 /// Dense attention and every rule.
-fn settings(block_size: usize, product: TileProduct) -> [SampleAttentionOptions; 4] {
+fn settings(block_size: usize, product: TileProduct) -> [SampleAttentionOptions; 5] {
     let sparse = |rule| SampleAttentionOptions {
         rule,
         alpha: 0.9,
+        threshold: 2.0,
         min_rows: 24,
         window_ratio: 0.05,
         block_size,
@@ -201,7 +202,7 @@ fn settings(block_size: usize, product: TileProduct) -> [SampleAttentionOptions;
         ..SampleAttentionOptions::default()
     };
     let dense = SampleAttentionOptions { dense_below: usize::MAX, ..sparse(Rule::Residual) };
-    [dense, sparse(Rule::Total), sparse(Rule::Residual), sparse(Rule::Joint)]
+    [dense, sparse(Rule::Total), sparse(Rule::Residual), sparse(Rule::Joint), sparse(Rule::Contribution)]
 }
 
 /// Runs a problem and compares it with the reference: the plan with the reference's plan, the
@@ -239,7 +240,7 @@ pub fn check_problem<R: Runtime>(
 }
 
 fn check_plans(problem: &Problem, options: &SampleAttentionOptions, found: &OpOutputs) -> PlanCheck {
-    let expected = reference::plans(&problem.shape, options, &problem.q, &problem.k);
+    let expected = reference::plans(&problem.shape, options, &problem.q, &problem.k, &problem.v);
     let sampled = !problem.shape.sampled_rows(options).is_empty();
     if options.rule == Rule::Joint && sampled {
         let margin = found.recall.iter().map(|&recall| f64::from(recall) - options.alpha);

@@ -30,7 +30,7 @@ pub struct InspectArgs {
     /// Page to write
     #[arg(long, value_name = "FILE", default_value = "inspect.html")]
     pub html: PathBuf,
-    /// Attention to run with: dense, default, paper, fast or joint
+    /// Attention to run with: dense, default, paper, fast, joint or contribution
     #[arg(long, value_name = "PRESET", default_value = "default")]
     pub attention: Preset,
     /// Options to run with instead, as a JSON object; "preset" in it names those that it changes

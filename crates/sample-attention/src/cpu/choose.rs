@@ -5,10 +5,17 @@ use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptio
 use super::sample::Sampled;
 
 /// Bands and stripes of one head.
-pub(super) fn plan(shape: &AttentionShape, options: &SampleAttentionOptions, sampled: &Sampled) -> HostPlan {
+///
+/// `weights` are the values' relative distances from their mean; none but under rule `contribution`.
+pub(super) fn plan(
+    shape: &AttentionShape,
+    options: &SampleAttentionOptions,
+    sampled: &Sampled,
+    weights: &[f32],
+) -> HostPlan {
     let blocks = shape.blocks(options);
-    // Scores that are not finite say nothing about what matters.
-    if sampled.lse.iter().any(|lse| !lse.is_finite()) {
+    // Scores and values that are not finite say nothing about what matters.
+    if sampled.lse.iter().chain(weights).any(|number| !number.is_finite()) {
         return HostPlan::dense(blocks);
     }
     let window = shape.window(options);
@@ -22,6 +29,7 @@ pub(super) fn plan(shape: &AttentionShape, options: &SampleAttentionOptions, sam
             (window_bands(blocks, window), fewest(scores, scores, need - (total - outside)))
         }
         Rule::Joint => joint(sampled, window, total - need),
+        Rule::Contribution => contribution(sampled, weights, options.threshold / shape.kv_len as f64),
     };
     stripes.sort_unstable();
     let plan = HostPlan { dense: false, bands, stripes, density: 1.0 };
@@ -55,16 +63,11 @@ fn fewest(prices: &[f32], scores: &[f32], need: f64) -> Vec<i32> {
 /// reach alpha is taken, with the fewest stripes that do.
 fn joint(sampled: &Sampled, window: usize, slack: f64) -> (Vec<bool>, Vec<i32>) {
     let groups = sampled.columns.len();
-    let seeing: Vec<f32> = (0..sampled.columns[0].len())
-        .map(|column| {
-            (sampled.positions.len() - sampled.positions.partition_point(|&p| p < column)).max(1) as f32
-        })
-        .collect();
+    let seeing = sampled.seeing();
     let order = sampled.by_yield(window);
-    let density = |d: usize| (sampled.bands[d].0 / sampled.bands[d].1.max(1.0)) as f32;
     for rung in 0..groups {
         let kept = |d: usize| sampled.group[d].is_none_or(|group| group < rung);
-        let threshold = order.iter().find(|&&d| !kept(d)).map_or(0.0, |&d| density(d));
+        let threshold = order.iter().find(|&&d| !kept(d)).map_or(0.0, |&d| sampled.density(d) as f32);
         let mut residual = vec![0.0f32; seeing.len()];
         for group in &sampled.columns[rung..] {
             residual.iter_mut().zip(group).for_each(|(sum, mass)| *sum += mass);
@@ -79,6 +82,15 @@ fn joint(sampled: &Sampled, window: usize, slack: f64) -> (Vec<bool>, Vec<i32>) 
         }
     }
     (vec![true; sampled.group.len()], Vec::new())
+}
+
+/// The bands that no column was summed over, and the columns that contribute more than the threshold beside them.
+fn contribution(sampled: &Sampled, weights: &[f32], threshold: f64) -> (Vec<bool>, Vec<i32>) {
+    let scores = sampled.columns[0].iter().zip(sampled.seeing()).zip(weights);
+    let prices = scores.map(|((&mass, seeing), &weight)| f64::from(mass / seeing * weight));
+    let stripes = prices.enumerate().filter(|&(_, price)| price > threshold);
+    let bands = sampled.group.iter().map(Option::is_none).collect();
+    (bands, stripes.map(|(column, _)| column as i32).collect())
 }
 
 /// Query-key pairs that the plan keeps, the tail's included.

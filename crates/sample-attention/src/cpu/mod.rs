@@ -5,9 +5,10 @@ mod attend;
 mod choose;
 mod math;
 mod sample;
+mod values;
 
 use rayon::prelude::*;
-use sample_attention_plan::{AttentionShape, HostPlan, SampleAttentionOptions, Stage};
+use sample_attention_plan::{AttentionShape, HostPlan, Rule, SampleAttentionOptions, Stage};
 
 use attend::{Scratch, Tile};
 
@@ -124,13 +125,19 @@ pub(crate) fn sample_attention(
     let shape = shape_of(&q, &k);
     let scale = shape.scale(options) as f32;
     let rows = shape.sampled_rows(options);
+    let weights = match options.rule {
+        Rule::Contribution => values::weights(&v),
+        Rule::Total | Rule::Residual | Rule::Joint => Vec::new(),
+    };
     let sampled: Vec<(HostPlan, Vec<f32>)> = (0..shape.heads())
         .into_par_iter()
         .map(|head| {
             let (batch, at) = (head / shape.q_heads, head % shape.q_heads);
             let (queries, keys) = (q.head(batch, at, 0), k.head(batch, at / shape.group(), 0));
-            let sampled = sample::Sampled::new(&shape, options, &rows, queries, keys, scale);
-            (choose::plan(&shape, options, &sampled), sampled.lse)
+            let kv_head = batch * shape.kv_heads + at / shape.group();
+            let weights = weights.get(kv_head).map(Vec::as_slice).unwrap_or_default();
+            let sampled = sample::Sampled::new(&shape, options, &rows, queries, keys, weights, scale);
+            (choose::plan(&shape, options, &sampled, weights), sampled.lse)
         })
         .collect();
     let (plans, all_lse): (Vec<_>, Vec<_>) = sampled.into_iter().unzip();

@@ -17,7 +17,7 @@ pub(super) struct Sampled {
     pub group: Vec<Option<usize>>,
     /// For each group the mass of every column before the tail.
     pub columns: Vec<Vec<f32>>,
-    /// Mass and number of the entries of each band; empty but under rule `joint`.
+    /// Weighted mass and number of the entries of each band; empty but under rules `joint` and `contribution`.
     pub bands: Vec<(f64, f64)>,
     /// Positions of the sampled rows, ascending.
     pub positions: Vec<usize>,
@@ -63,17 +63,19 @@ impl Sampled {
         rows: &[u32],
         queries: Rows<'_>,
         keys: Rows<'_>,
+        weights: &[f32],
         scale: f32,
     ) -> Self {
         let (block, head_dim) = (options.block_size, shape.head_dim);
         let positions: Vec<usize> = rows.iter().map(|&row| shape.offset() + row as usize).collect();
         let blocks = shape.blocks(options);
         let joint = options.rule == Rule::Joint;
+        let chooses_bands = joint || options.rule == Rule::Contribution;
         let mut sampled = Self {
             lse: Vec::with_capacity(rows.len()),
             group: Vec::new(),
             columns: Vec::new(),
-            bands: if joint { vec![(0.0, 0.0); blocks] } else { Vec::new() },
+            bands: if chooses_bands { vec![(0.0, 0.0); blocks] } else { Vec::new() },
             positions: Vec::new(),
         };
         let tiles = || {
@@ -88,12 +90,17 @@ impl Sampled {
             })
         };
         for mut tile in tiles() {
-            sampled.normalise(&mut tile, block);
+            sampled.normalise(&mut tile, block, weights);
         }
         sampled.group = match options.rule {
             Rule::Total => vec![Some(0); blocks],
             Rule::Residual => (0..blocks).map(|d| (d > shape.window(options)).then_some(0)).collect(),
             Rule::Joint => sampled.groups(shape.window(options), options.alpha),
+            Rule::Contribution => {
+                let threshold = options.threshold / shape.kv_len as f64;
+                let kept = |d: usize| d <= shape.window(options) || sampled.density(d) > threshold;
+                (0..blocks).map(|d| (!kept(d)).then_some(0)).collect()
+            }
         };
         let groups = if joint { GROUPS } else { 1 };
         sampled.columns = vec![vec![0.0; shape.tail_start(options)]; groups];
@@ -104,8 +111,9 @@ impl Sampled {
         sampled
     }
 
-    /// First pass: log-sum-exp of each row, and under rule `joint` the mass of each band.
-    fn normalise(&mut self, tile: &mut Scores<'_>, block: usize) {
+    /// First pass: log-sum-exp of each row, and the mass of each band where bands are chosen, each entry times the
+    /// weight of its key where keys have weights.
+    fn normalise(&mut self, tile: &mut Scores<'_>, block: usize, weights: &[f32]) {
         let positions = tile.positions;
         let (mut max, mut sum) = (vec![f32::NEG_INFINITY; positions.len()], vec![0.0; positions.len()]);
         let blocks = self.bands.len();
@@ -115,7 +123,13 @@ impl Sampled {
             online_softmax(scores, &mut max[row], &mut sum[row]);
             if blocks > 0 {
                 for (at, scores) in scores.chunks(block).enumerate() {
-                    parts[row * blocks + first / block + at] = (scores.iter().sum(), max[row]);
+                    let mass = match weights.get(first + at * block..) {
+                        Some(weights) if !weights.is_empty() => {
+                            scores.iter().zip(weights).map(|(score, weight)| score * weight).sum()
+                        }
+                        _ => scores.iter().sum(),
+                    };
+                    parts[row * blocks + first / block + at] = (mass, max[row]);
                 }
             }
         });
@@ -176,9 +190,19 @@ impl Sampled {
 
     /// Bands outside the forced window, by descending mass per entry.
     pub fn by_yield(&self, window: usize) -> Vec<usize> {
-        let density = |d: usize| self.bands[d].0 / self.bands[d].1.max(1.0);
         let mut order: Vec<usize> = (window + 1..self.bands.len()).collect();
-        order.sort_by(|&a, &b| density(b).total_cmp(&density(a)));
+        order.sort_by(|&a, &b| self.density(b).total_cmp(&self.density(a)));
         order
+    }
+
+    /// Mass per entry of a band.
+    pub fn density(&self, d: usize) -> f64 {
+        self.bands[d].0 / self.bands[d].1.max(1.0)
+    }
+
+    /// Sampled rows that see each column, at least 1.
+    pub fn seeing(&self) -> Vec<f32> {
+        let rows = |column| self.positions.len() - self.positions.partition_point(|&p| p < column);
+        (0..self.columns[0].len()).map(|column| rows(column).max(1) as f32).collect()
     }
 }
