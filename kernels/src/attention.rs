@@ -11,6 +11,7 @@ use crate::{
     flash::flash,
     ladder::{joint_filter, ladder},
     sample::{Levels, Sampled, column_scores, row_lse},
+    select::{UNITS, cube_min, cube_sum},
     tensor::{array, grid},
 };
 
@@ -266,12 +267,12 @@ fn choose_plan<R: Runtime>(call: &Call<'_, R>, run: &mut RunStage<'_>) -> (Plan,
 /// Compares the sampled rows' normalisers over the kept keys with those over all keys.
 fn report<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, lse: &Handle) -> Report {
     let recall = call.words(2 * call.heads());
-    // SAFETY: one unit per head, reading sampled rows below q_len.
+    // SAFETY: one cube per head, reading sampled rows below q_len.
     unsafe {
         recall_kernel::launch_unchecked::<R>(
             call.client,
-            grid(call.heads().div_ceil(RECALL_UNITS)),
-            CubeDim::new_1d(RECALL_UNITS as u32),
+            grid(call.heads()),
+            CubeDim::new_1d(UNITS as u32),
             array(&sampled.rows, call.samples()),
             array(&sampled.lse, call.heads() * call.samples()),
             array(lse, call.heads() * call.shape.q_len),
@@ -282,9 +283,6 @@ fn report<R: Runtime>(call: &Call<'_, R>, sampled: &Sampled, lse: &Handle) -> Re
     Report { recall }
 }
 
-/// Heads per cube of the recall kernel.
-const RECALL_UNITS: usize = 32;
-
 /// A kept row's mass is the ratio of its two normalisers.
 #[cube(launch_unchecked)]
 fn recall_kernel(
@@ -294,16 +292,24 @@ fn recall_kernel(
     recall: &mut Array<f32>,
     q_len: u32,
 ) {
-    let head = ABSOLUTE_POS;
-    if head < recall.len() / 2 {
-        let mut sum = 0.0f32;
-        let mut least = 1.0f32;
-        for sample in 0..rows.len() {
-            let row = head * q_len as usize + rows[sample] as usize;
-            let kept = (kept_lse[row] - all_lse[head * rows.len() + sample]).exp();
-            sum += kept;
-            least = min(least, kept);
-        }
+    let head = (CUBE_POS_X + CUBE_POS_Y * CUBE_COUNT_X) as usize;
+    if head >= recall.len() / 2 {
+        terminate!();
+    }
+    let mut scratch = SharedMemory::<f32>::new(UNITS);
+    let mut sum = 0.0f32;
+    let mut least = 1.0f32;
+    let mut sample = UNIT_POS as usize;
+    while sample < rows.len() {
+        let row = head * q_len as usize + rows[sample] as usize;
+        let kept = (kept_lse[row] - all_lse[head * rows.len() + sample]).exp();
+        sum += kept;
+        least = min(least, kept);
+        sample += UNITS;
+    }
+    let sum = cube_sum(sum, &mut scratch);
+    let least = cube_min(least, &mut scratch);
+    if UNIT_POS == 0 {
         recall[2 * head] = sum / f32::cast_from(rows.len());
         recall[2 * head + 1] = least;
     }

@@ -22,6 +22,24 @@ pub(crate) fn cube_sum(value: f32, scratch: &mut SharedMemory<f32>) -> f32 {
     scratch[0]
 }
 
+/// The least of one value per unit, in every unit.
+#[cube]
+pub(crate) fn cube_min(value: f32, scratch: &mut SharedMemory<f32>) -> f32 {
+    sync_cube();
+    scratch[UNIT_POS as usize] = value;
+    sync_cube();
+    let mut half = comptime!(UNITS as u32 / 2).runtime();
+    while half > 0 {
+        if UNIT_POS < half {
+            let other = scratch[(UNIT_POS + half) as usize];
+            scratch[UNIT_POS as usize] = min(scratch[UNIT_POS as usize], other);
+        }
+        sync_cube();
+        half /= 2;
+    }
+    scratch[0]
+}
+
 /// Sum of the values of the units before this one.
 #[cube]
 pub(crate) fn cube_prefix(value: u32, scratch: &mut SharedMemory<u32>) -> u32 {
