@@ -47,7 +47,7 @@ pub fn plans(
 
 /// For each key/value head of each sequence the distance of each value from the head's mean value, over the mean of
 /// all these distances of the sequence.
-pub fn value_weights(shape: &AttentionShape, v: &[f32]) -> Vec<Vec<f64>> {
+fn value_weights(shape: &AttentionShape, v: &[f32]) -> Vec<Vec<f64>> {
     let (dim, keys) = (shape.head_dim, shape.kv_len as f64);
     let mut weights: Vec<Vec<f64>> = v
         .chunks_exact(shape.kv_len * dim)

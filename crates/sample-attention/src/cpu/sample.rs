@@ -123,11 +123,11 @@ impl Sampled {
             online_softmax(scores, &mut max[row], &mut sum[row]);
             if blocks > 0 {
                 for (at, scores) in scores.chunks(block).enumerate() {
-                    let mass = match weights.get(first + at * block..) {
-                        Some(weights) if !weights.is_empty() => {
-                            scores.iter().zip(weights).map(|(score, weight)| score * weight).sum()
-                        }
-                        _ => scores.iter().sum(),
+                    let mass = if weights.is_empty() {
+                        scores.iter().sum()
+                    } else {
+                        let weights = &weights[first + at * block..];
+                        scores.iter().zip(weights).map(|(score, weight)| score * weight).sum()
                     };
                     parts[row * blocks + first / block + at] = (mass, max[row]);
                 }

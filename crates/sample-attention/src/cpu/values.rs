@@ -1,4 +1,4 @@
-//! How far values lie from what the output would be without looking.
+//! How far each value lies from its head's mean value.
 
 use rayon::prelude::*;
 
