@@ -67,26 +67,18 @@ pub(crate) struct PlaneTiles {
 }
 
 impl PlaneTiles {
-    /// Planes of a cube, and their rows. Flash planes hold outputs beside their rows. More planes would share
-    /// each staged key tile, and leave a processor fewer cubes to turn to while one waits at a barrier.
-    const FLASH: [(usize, usize); 3] = [(4, 16), (2, 16), (1, 16)];
-    const SAMPLE: [(usize, usize); 5] = [(4, 32), (2, 32), (4, 16), (2, 16), (1, 16)];
-    /// Longest head whose rows a sampling plane holds 32 of.
-    const WIDEST: usize = 128;
-
     fn new<R: Runtime>(
         properties: &DeviceProperties,
         inputs: &Inputs<'_, R>,
         options: &SampleAttentionOptions,
     ) -> Option<Self> {
         let (head_dim, levels) = (inputs.shape.head_dim, levels(options.rule));
-        let first = |planes: &[(usize, usize)], bytes: &dyn Fn(&PlaneTile) -> usize| {
-            PlaneTile::first(properties, options.block_size, head_dim, inputs.q.dtype, planes, bytes)
+        let first = |bytes: &dyn Fn(&PlaneTile) -> usize| {
+            PlaneTile::first(properties, options.block_size, head_dim, inputs.q.dtype, bytes)
         };
-        let sample = if head_dim > Self::WIDEST { &Self::SAMPLE[2..] } else { &Self::SAMPLE };
         Some(Self {
-            flash: first(&Self::FLASH, &plane_flash_bytes)?,
-            sample: first(sample, &|tile| plane_columns::sample_bytes(tile, levels))?,
+            flash: first(&plane_flash_bytes)?,
+            sample: first(&|tile| plane_columns::sample_bytes(tile, levels))?,
         })
     }
 }

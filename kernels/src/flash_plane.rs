@@ -11,8 +11,8 @@ use crate::{
     fragments::zero_matrices,
     plane_stage::{carry_rows, load_rows, new_stage, put_rows},
     plane_tile::{
-        ALIGNMENT, PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_max, quad_sum, shared_max,
-        shared_sum, unit_row,
+        ALIGNMENT, PLANE_ROWS, PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_max, quad_sum,
+        shared_max, shared_sum, unit_row,
     },
     plane_values::{add_values, scale_sums, store_column},
     rounding::rounded_vector,
@@ -80,8 +80,9 @@ pub(crate) fn flash_plane<R: Runtime>(
     }
 }
 
-/// Three barriers a key tile: before it is staged, before its scores are multiplied, and between weights and values.
-/// The next tile is on its way while scores are multiplied, and its list was made a tile earlier.
+/// Two barriers a key tile, around its weights: behind the first nobody reads staged keys and values any more, so that the
+/// tile's values and the next one's keys are staged there too. What is staged next is on its way while values and scores
+/// are multiplied, and its list was made a tile earlier.
 #[cube(launch_unchecked, address_type = "dynamic")]
 fn plane_flash_kernel<E: Float, N: Size>(
     q: &Tensor<Vector<E, N>>,
@@ -101,7 +102,7 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let rows = comptime!(tile.rows() as u32);
     let keys = comptime!(tile.keys as u32);
     let units = comptime!(tile.units() as u32);
-    let plane_rows = comptime!(tile.plane_rows as u32);
+    let plane_rows = comptime!(PLANE_ROWS as u32);
     let score_pitch = comptime!(tile.score_pitch() as u32 / 4);
     let weight_pitch = comptime!(tile.weight_pitch() as u32 / 4);
     let sharers = comptime!(tile.sharers() as u32);
@@ -160,10 +161,13 @@ fn plane_flash_kernel<E: Float, N: Size>(
     let mut carried_keys = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     let mut carried_values = Array::<Vector<E, N>>::new(comptime!(tile.carried(width)));
     carry_rows::<E, N>(k, k_base, &k_rows, 0, &mut carried_keys, tile);
+    put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
+    carry_rows::<E, N>(k, k_base, &k_rows, keys, &mut carried_keys, tile);
     carry_rows::<E, N>(v, v_base, &k_rows, 0, &mut carried_values, tile);
+    sync_cube();
 
     let out_cols = comptime!(tile.head_dim / size.n);
-    let sums = zero_matrices(comptime!(tile.plane_rows / size.m * out_cols), size);
+    let sums = zero_matrices(comptime!(PLANE_ROWS / size.m * out_cols), size);
     let mut maximum = Array::<f32>::new(comptime!(tile.unit_rows()));
     // Of the unit's own columns; summed over the row at the end.
     let mut sum = Array::<f32>::new(comptime!(tile.unit_rows()));
@@ -177,15 +181,6 @@ fn plane_flash_kernel<E: Float, N: Size>(
         let list = index % comptime!(LISTS as u32) * keys;
         let next_list = (index + 1) % comptime!(LISTS as u32) * keys;
         let last_list = (index + 2) % comptime!(LISTS as u32) * keys;
-        // Everybody is done with the tile before this one.
-        sync_cube();
-        put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
-        put_rows::<E, N>(&carried_values, &mut stage, keys, tile);
-        sync_cube();
-        if index + 1 < walk.tiles {
-            carry_rows::<E, N>(k, k_base, &k_rows, next_list, &mut carried_keys, tile);
-            carry_rows::<E, N>(v, v_base, &k_rows, next_list, &mut carried_values, tile);
-        }
         let mut key = NO_ROW.runtime();
         if UNIT_POS < keys {
             if index + 2 < walk.tiles {
@@ -198,6 +193,8 @@ fn plane_flash_kernel<E: Float, N: Size>(
             k_rows[(last_list + UNIT_POS) as usize] = key;
         }
         sync_cube();
+        put_rows::<E, N>(&carried_values, &mut stage, keys, tile);
+        put_rows::<E, N>(&carried_keys, &mut stage, 0, tile);
 
         // Whether a row of the cube may not see a key of the tile, or the tile is not full.
         let mut hides = false.runtime();
@@ -269,6 +266,8 @@ fn plane_flash_kernel<E: Float, N: Size>(
             grown[plane as usize] = u32::cast_from(grows);
         }
         sync_cube();
+        carry_rows::<E, N>(v, v_base, &k_rows, next_list, &mut carried_values, tile);
+        carry_rows::<E, N>(k, k_base, &k_rows, last_list, &mut carried_keys, tile);
         let mut any = 0u32;
         #[unroll]
         for p in 0..tile.planes {

@@ -6,7 +6,9 @@ use cubecl::{prelude::*, server::Handle};
 use crate::{
     call::Call,
     plane_stage::{carry_rows, load_rows, new_stage, put_rows},
-    plane_tile::{PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_sum, shared_sum, unit_row},
+    plane_tile::{
+        PLANE_ROWS, PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_sum, shared_sum, unit_row,
+    },
     sample::{Levels, Sampled},
     square_tile::{MAX_START, NO_ROW, head_base},
     tensor::{array, grid},
@@ -125,7 +127,7 @@ fn plane_column_kernel<E: Float, N: Size>(
     let position = sizes.kv_len - sizes.q_len;
     let plane = UNIT_POS / PLANE_DIM;
     let own = plane < comptime!(tile.planes as u32);
-    let first_slot = plane * comptime!(tile.plane_rows as u32);
+    let first_slot = plane * comptime!(PLANE_ROWS as u32);
     let part = UNIT_POS % PLANE_DIM % sharers;
 
     let mut k_rows = SharedMemory::<u32>::new(tile.rows());
@@ -184,7 +186,7 @@ fn plane_column_kernel<E: Float, N: Size>(
         level[r] = 0;
         if comptime!(config.levels > 1) {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(tile.plane_rows as u32) {
+            if own && slot < comptime!(PLANE_ROWS as u32) {
                 let at = (first_slot + slot) * sharers + part;
                 for number in 0..comptime!(config.levels as u32) {
                     by_level[(number * comptime!(count * sharers) + at) as usize] = 0.0;
@@ -212,7 +214,7 @@ fn plane_column_kernel<E: Float, N: Size>(
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(tile.plane_rows as u32) {
+            if own && slot < comptime!(PLANE_ROWS as u32) {
                 let row = first_slot + slot;
                 let at = row * sharers + part;
                 #[unroll]
@@ -252,7 +254,7 @@ fn plane_column_kernel<E: Float, N: Size>(
     for r in 0..tile.unit_rows() {
         let slot = unit_row(r, tile);
         let row = first_slot + slot;
-        let holds = own && slot < comptime!(tile.plane_rows as u32);
+        let holds = own && slot < comptime!(PLANE_ROWS as u32);
         let writes = holds && part == 0 && first_key + row < sizes.columns;
         let at = base + (first_key + row) as usize;
         if comptime!(config.levels == 1) {

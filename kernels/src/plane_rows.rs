@@ -8,8 +8,8 @@ use crate::{
     call::Call,
     plane_stage::{carry_span, load_rows, new_stage, put_rows},
     plane_tile::{
-        PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_max, quad_sum, shared_max, shared_sum,
-        unit_row,
+        PLANE_ROWS, PlaneTile, Quad, new_scores, plane_scores, quad_at, quad_max, quad_sum, shared_max,
+        shared_sum, unit_row,
     },
     sample::{Sampled, list_sampled_rows},
     square_tile::{MASKED, MAX_START, NO_ROW, head_base},
@@ -113,7 +113,7 @@ fn plane_row_kernel<E: Float, N: Size>(
     let mass_base = (head * row_tiles + row_tile) as usize * sizes.blocks as usize;
     let plane = UNIT_POS / PLANE_DIM;
     let own = plane < comptime!(tile.planes as u32);
-    let first_slot = plane * comptime!(tile.plane_rows as u32);
+    let first_slot = plane * comptime!(PLANE_ROWS as u32);
 
     let mut q_rows = SharedMemory::<u32>::new(tile.rows());
     let mut row_mass = SharedMemory::<f32>::new(comptime!(if config.bands { tile.rows() } else { 1 }));
@@ -143,7 +143,7 @@ fn plane_row_kernel<E: Float, N: Size>(
         sees[r] = NO_ROW;
         maximum[r] = MAX_START;
         sum[r] = 0.0;
-        if own && slot < comptime!(tile.plane_rows as u32) {
+        if own && slot < comptime!(PLANE_ROWS as u32) {
             if first + row < sizes.samples {
                 sees[r] = position + q_rows[row as usize];
                 if comptime!(config.bands) {
@@ -176,7 +176,7 @@ fn plane_row_kernel<E: Float, N: Size>(
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(tile.plane_rows as u32) {
+            if own && slot < comptime!(PLANE_ROWS as u32) {
                 let mut held = Array::<Quad<f32>>::new(comptime!(tile.quads()));
                 #[unroll]
                 for c in 0..tile.quads() {
@@ -231,7 +231,7 @@ fn plane_row_kernel<E: Float, N: Size>(
                 for r in 0..tile.unit_rows() {
                     let slot = unit_row(r, tile);
                     let total = shared_sum(sum[r], tile);
-                    if own && slot < comptime!(tile.plane_rows as u32) {
+                    if own && slot < comptime!(PLANE_ROWS as u32) {
                         row_mass[(first_slot + slot) as usize] = total;
                     }
                     sum[r] = 0.0;
@@ -260,7 +260,7 @@ fn plane_row_kernel<E: Float, N: Size>(
             let row = first_slot + slot;
             let row_max = shared_max(maximum[r], tile);
             let total = shared_sum(sum[r] * (maximum[r] - row_max).exp(), tile);
-            let holds = own && slot < comptime!(tile.plane_rows as u32) && first + row < sizes.samples;
+            let holds = own && slot < comptime!(PLANE_ROWS as u32) && first + row < sizes.samples;
             if holds && UNIT_POS % PLANE_DIM % comptime!(tile.sharers() as u32) == 0 {
                 lse[(lse_base + row) as usize] = row_max + total.ln();
             }

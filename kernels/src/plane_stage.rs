@@ -7,7 +7,7 @@ use cubecl::{
 };
 
 use crate::{
-    plane_tile::{ALIGNMENT, PlaneTile},
+    plane_tile::{ALIGNMENT, PLANE_ROWS, PlaneTile},
     square_tile::NO_ROW,
 };
 
@@ -108,7 +108,7 @@ pub(crate) fn put_rows<E: Float, N: Size>(
     }
 }
 
-/// The plane's rows as matrices `[plane_rows / m][head_dim / k]`, out of a list of the cube's rows. The
+/// The plane's rows as matrices `[PLANE_ROWS / m][head_dim / k]`, out of a list of the cube's rows. The
 /// stage is overwritten, and free again for all on return.
 #[cube]
 pub(crate) fn load_rows<E: Float, N: Size>(
@@ -124,7 +124,7 @@ pub(crate) fn load_rows<E: Float, N: Size>(
     let plane = UNIT_POS / PLANE_DIM;
     let mut matrices = Sequence::<Matrix<E>>::new();
     #[unroll]
-    for _ in 0..comptime!(tile.plane_rows / size.m * tile.head_dim / size.k) {
+    for _ in 0..comptime!(PLANE_ROWS / size.m * tile.head_dim / size.k) {
         // SAFETY: loaded below, in the round that stages the plane's rows.
         let matrix = unsafe {
             Matrix::<E>::uninitialized(MatrixIdent::A, size.m, size.n, size.k, MatrixLayout::RowMajor)
@@ -139,8 +139,8 @@ pub(crate) fn load_rows<E: Float, N: Size>(
         put_rows::<E, N>(&carried, stage, 0, tile);
         sync_cube();
         #[unroll]
-        for row in 0..comptime!(tile.plane_rows / size.m) {
-            let slot = plane * comptime!(tile.plane_rows as u32) + comptime!((row * size.m) as u32);
+        for row in 0..comptime!(PLANE_ROWS / size.m) {
+            let slot = plane * comptime!(PLANE_ROWS as u32) + comptime!((row * size.m) as u32);
             if slot >= first && slot < first + comptime!(tile.keys as u32) {
                 #[unroll]
                 for step in 0..comptime!(tile.head_dim / size.k) {

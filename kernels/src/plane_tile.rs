@@ -13,8 +13,12 @@ use crate::fragments::{Fragments, zero_matrices};
 /// Elements between staged rows, against bank conflicts: 16 bytes.
 const PADDING: usize = 8;
 
-/// Elements between rows of scores, against bank conflicts: 32 bytes.
-const SCORE_PADDING: usize = 8;
+/// Elements between rows of scores, against bank conflicts: 16 bytes. With more, the largest tile of 128-wide heads
+/// would not fit into the 48 KiB of shared memory that NVIDIA's driver offers.
+const SCORE_PADDING: usize = 4;
+
+/// Rows of one plane. The matrices of 32 would not fit into its registers beside the outputs.
+pub(crate) const PLANE_ROWS: usize = 16;
 
 /// Alignment that cooperative matrices ask of shared memory, in bytes.
 pub(crate) const ALIGNMENT: usize = 32;
@@ -33,20 +37,20 @@ pub(crate) struct PlaneTile {
     pub keys: usize,
     /// Planes that own rows.
     pub planes: usize,
-    /// Rows of one plane.
-    pub plane_rows: usize,
     pub fragments: Fragments,
 }
 
 impl PlaneTile {
-    /// The first tile, of the given planes and rows of a plane, that divides a block and that the device has
-    /// room for.
+    /// Planes of a cube, the best first. The more they are, the smaller each unit's share of a staged key tile, which
+    /// it carries in registers.
+    const PLANES: [usize; 4] = [8, 4, 2, 1];
+
+    /// The first tile that divides a block and that the device has room for.
     pub fn first(
         properties: &DeviceProperties,
         block_size: usize,
         head_dim: usize,
         dtype: StorageType,
-        planes: &[(usize, usize)],
         bytes: &dyn Fn(&Self) -> usize,
     ) -> Option<Self> {
         let fragments = Fragments::new(properties, dtype)?;
@@ -58,10 +62,8 @@ impl PlaneTile {
                 && hardware.max_units_per_cube as usize >= tile.units()
                 && hardware.max_shared_memory_size >= bytes(tile)
         };
-        let tile = |planes, plane_rows, keys| Self { head_dim, keys, planes, plane_rows, fragments };
-        let mut tiles =
-            planes.iter().flat_map(|&(planes, rows)| [32, 16].map(|keys| tile(planes, rows, keys)));
-        tiles.find(fits)
+        let tiles = |planes| [32, 16].map(|keys| Self { head_dim, keys, planes, fragments });
+        Self::PLANES.into_iter().flat_map(tiles).find(fits)
     }
 
     /// Shared memory of the stage and the scores, in bytes.
@@ -71,7 +73,7 @@ impl PlaneTile {
     }
 
     pub fn rows(&self) -> usize {
-        self.planes * self.plane_rows
+        self.planes * PLANE_ROWS
     }
 
     pub fn units(&self) -> usize {
@@ -104,12 +106,12 @@ impl PlaneTile {
 
     /// Units that share a row of scores, in the narrowest plane.
     pub fn sharers(&self) -> usize {
-        (self.fragments.narrowest / self.plane_rows).clamp(1, MOST_SHARERS)
+        (self.fragments.narrowest / PLANE_ROWS).clamp(1, MOST_SHARERS)
     }
 
     /// Rows of scores that one unit has a part of, in the narrowest plane.
     pub fn unit_rows(&self) -> usize {
-        (self.plane_rows / self.fragments.narrowest).max(1)
+        (PLANE_ROWS / self.fragments.narrowest).max(1)
     }
 
     /// Scores of a row that one unit holds, in quads.
@@ -128,7 +130,7 @@ pub(crate) fn new_scores(#[comptime] tile: PlaneTile) -> SharedMemory<Quad<f32>>
 }
 
 /// The row, within its plane, that a unit's part number `index` belongs to. Wide planes have units whose
-/// row is `plane_rows` or above: they hold none.
+/// row is [`PLANE_ROWS`] or above: they hold none.
 #[cube]
 pub(crate) fn unit_row(#[comptime] index: usize, #[comptime] tile: PlaneTile) -> u32 {
     let sharers = comptime!(tile.sharers() as u32);
@@ -179,7 +181,7 @@ pub(crate) fn plane_scores<E: Float, N: Size>(
     if plane < comptime!(tile.planes as u32) {
         #[unroll]
         for key in 0..comptime!(tile.keys / size.n) {
-            let sums = zero_matrices(comptime!(tile.plane_rows / size.m), size);
+            let sums = zero_matrices(comptime!(PLANE_ROWS / size.m), size);
             #[unroll]
             for step in 0..steps {
                 let at = staged
@@ -191,7 +193,7 @@ pub(crate) fn plane_scores<E: Float, N: Size>(
                 };
                 cmma::load(&keys, &stage.slice(at as usize, at as usize + 1), pitch * width as u32);
                 #[unroll]
-                for row in 0..comptime!(tile.plane_rows / size.m) {
+                for row in 0..comptime!(PLANE_ROWS / size.m) {
                     let sum = sums.index(row);
                     cmma::execute::<E, E, f32, f32>(
                         rows.index(comptime!(row * steps + step)),
@@ -202,8 +204,8 @@ pub(crate) fn plane_scores<E: Float, N: Size>(
                 }
             }
             #[unroll]
-            for row in 0..comptime!(tile.plane_rows / size.m) {
-                let slot = plane * comptime!(tile.plane_rows as u32) + comptime!((row * size.m) as u32);
+            for row in 0..comptime!(PLANE_ROWS / size.m) {
+                let slot = plane * comptime!(PLANE_ROWS as u32) + comptime!((row * size.m) as u32);
                 store_scores(sums.index(row), scores, slot, comptime!(key * size.n), tile);
             }
         }

@@ -5,7 +5,7 @@ use cubecl::{
     prelude::*,
 };
 
-use crate::plane_tile::{PlaneTile, Quad, store_scores, unit_row};
+use crate::plane_tile::{PLANE_ROWS, PlaneTile, Quad, store_scores, unit_row};
 
 /// Adds the plane's weights x staged values to its outputs.
 #[cube]
@@ -25,7 +25,7 @@ pub(crate) fn add_values<E: Float, N: Size>(
     for step in 0..comptime!(tile.keys / size.k) {
         let mut left = Sequence::<Matrix<E>>::new();
         #[unroll]
-        for row in 0..comptime!(tile.plane_rows / size.m) {
+        for row in 0..comptime!(PLANE_ROWS / size.m) {
             let slot = first_slot + comptime!((row * size.m) as u32);
             let at = (slot * comptime!(weight_pitch / 4) + comptime!((step * size.k / 4) as u32)) as usize;
             // SAFETY: loaded right away.
@@ -45,7 +45,7 @@ pub(crate) fn add_values<E: Float, N: Size>(
             };
             cmma::load(&values, &stage.slice(at as usize, at as usize + 1), pitch * width as u32);
             #[unroll]
-            for row in 0..comptime!(tile.plane_rows / size.m) {
+            for row in 0..comptime!(PLANE_ROWS / size.m) {
                 let sum = sums.index(comptime!(row * cols + col));
                 cmma::execute::<E, E, f32, f32>(left.index(row), &values, sum, sum);
             }
@@ -64,7 +64,7 @@ pub(crate) fn store_column(
 ) {
     let size = comptime!(tile.fragments);
     #[unroll]
-    for row in 0..comptime!(tile.plane_rows / size.m) {
+    for row in 0..comptime!(PLANE_ROWS / size.m) {
         let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
         store_scores(sum, scores, first_slot + comptime!((row * size.m) as u32), 0usize, tile);
     }
@@ -92,7 +92,7 @@ pub(crate) fn scale_sums(
         #[unroll]
         for r in 0..tile.unit_rows() {
             let slot = unit_row(r, tile);
-            if own && slot < comptime!(tile.plane_rows as u32) {
+            if own && slot < comptime!(PLANE_ROWS as u32) {
                 let row = first_slot + slot;
                 #[unroll]
                 for number in 0..comptime!((size.n / 4).div_ceil(tile.sharers())) {
@@ -106,7 +106,7 @@ pub(crate) fn scale_sums(
         sync_cube();
         if own {
             #[unroll]
-            for row in 0..comptime!(tile.plane_rows / size.m) {
+            for row in 0..comptime!(PLANE_ROWS / size.m) {
                 let at = ((first_slot + comptime!((row * size.m) as u32)) * pitch) as usize;
                 let sum = sums.index(comptime!(row * tile.head_dim / size.n + col));
                 cmma::load_with_layout(

@@ -80,17 +80,12 @@ impl RulesReport {
         let head = fixed.map(String::from).into_iter();
         let head = head.chain(variants.iter().map(|variant| variant.to_string())).collect();
         let (_, quality) = self.perplexity.rows();
-        let row = |mut row: Vec<String>| {
+        let row = |(mut row, attention): (Vec<String>, &NamedAttention)| {
             row.truncate(fixed.len());
-            let keys = variants.iter().map(|&variant| {
-                let (found, asked) = self.needle.keys(&row[0], |trial| trial.variant == variant);
-                format!("{found}/{asked}")
-            });
-            let keys: Vec<String> = keys.collect();
-            row.extend(keys);
+            row.extend(variants.iter().map(|&variant| self.needle.tally(attention, variant)));
             row
         };
-        (head, quality.into_iter().map(row).collect())
+        (head, quality.into_iter().zip(&self.needle.config.attentions).map(row).collect())
     }
 
     /// A page with the table, and the options behind each name.
@@ -99,7 +94,8 @@ impl RulesReport {
         let (text, needle) = (&self.perplexity.config, &self.needle.config);
         page.paragraph(&format!(
             "{model}. Density, recall, perplexity and KL divergence from dense attention over {} windows of {} \
-             tokens; keys found over {} prompts a variant, of {:?} tokens, at depths of {:?} percent.",
+             tokens; keys found over {} prompts a variant, of {:?} tokens, at depths of {:?} percent, with those that \
+             dense attention finds and the rule loses, and the other way round.",
             text.windows,
             text.tokens,
             needle.prompts * needle.lengths.len() * needle.depths.len(),

@@ -248,6 +248,28 @@ impl NeedleReport {
         chosen.fold((0, 0), |(found, asked), trial| (found + trial.found, asked + trial.keys.len()))
     }
 
+    /// Keys that dense attention finds and this one loses, and the other way round, prompt by prompt; `None`
+    /// where dense attention was not run.
+    pub fn against_dense(&self, attention: &str, variant: Variant) -> Option<(usize, usize)> {
+        let dense = self.config.attentions.iter().find(|attention| attention.is_dense())?;
+        let pairs = self.of(&dense.name).filter(|trial| trial.variant == variant).filter_map(|dense| {
+            let place = |trial: &Trial| (trial.variant, trial.length, trial.depth, trial.prompt);
+            let other = self.of(attention).find(|trial| place(trial) == place(dense))?;
+            Some((dense.found.saturating_sub(other.found), other.found.saturating_sub(dense.found)))
+        });
+        Some(pairs.fold((0, 0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1)))
+    }
+
+    /// The keys that an attention finds of those of a variant, and beside dense attention how many it loses and
+    /// gains.
+    pub fn tally(&self, attention: &NamedAttention, variant: Variant) -> String {
+        let (found, asked) = self.keys(&attention.name, |trial| trial.variant == variant);
+        match self.against_dense(&attention.name, variant) {
+            Some((lost, gained)) if !attention.is_dense() => format!("{found}/{asked} -{lost} +{gained}"),
+            _ => format!("{found}/{asked}"),
+        }
+    }
+
     /// Share of the keys found in a cell; `None` where nothing was run.
     pub fn cell(&self, attention: &str, variant: Variant, length: usize, depth: usize) -> Option<f64> {
         let (found, asked) = self
@@ -263,10 +285,7 @@ impl NeedleReport {
             let name = attention.name.as_str();
             let kept = Kept::mean(self.of(name).map(|trial| trial.kept));
             let numbers = [kept.density, kept.recall, kept.recall_min].map(|value| format!("{value:.3}"));
-            let keys = self.config.variants.iter().map(|&variant| {
-                let (found, asked) = self.keys(name, |trial| trial.variant == variant);
-                format!("{found}/{asked}")
-            });
+            let keys = self.config.variants.iter().map(|&variant| self.tally(attention, variant));
             [name.to_string()].into_iter().chain(numbers).chain(keys).collect()
         };
         (head, self.config.attentions.iter().map(row).collect())

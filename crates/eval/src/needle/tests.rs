@@ -71,7 +71,8 @@ fn cells_and_rows_count_keys() {
     assert_eq!(report.cell("joint", Variant::Single, 1000, 50), None);
     let (head, rows) = report.rows();
     assert_eq!(head, ["attention", "density", "recall", "minimum", "several"]);
-    assert_eq!(rows[1], ["joint", "0.500", "0.950", "0.400", "4/6"]);
+    assert_eq!(rows[1], ["joint", "0.500", "0.950", "0.400", "4/6 -2 +0"]);
+    assert_eq!(rows[0][4], "6/6");
 }
 
 #[test]
