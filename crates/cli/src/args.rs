@@ -243,7 +243,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "LAYERS=PRESET", value_parser = layers)]
     pub layer_attention: Vec<(RangeInclusive<usize>, Preset)>,
     /// Contexts up to this length are attended densely, whatever the preset [default: where SampleAttention
-    /// begins to pay: 4608 on CUDA, 3072 on Vulkan and WebGPU, 1024 on the CPU]
+    /// begins to pay: 4608 on CUDA, 3584 on Vulkan and WebGPU, 1024 on the CPU]
     #[arg(long, value_name = "TOKENS")]
     pub dense_below: Option<usize>,
     /// Show what the plans of SampleAttention kept, layer by layer

@@ -145,7 +145,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             Kind::Cuda => 4608,
             #[cfg(feature = "wgpu")]
-            Kind::Wgpu(_) => 3072,
+            Kind::Wgpu(_) => 3584,
             #[cfg(feature = "flex")]
             Kind::Cpu => 1024,
         }
